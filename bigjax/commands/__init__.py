@@ -1,0 +1,1 @@
+"""Commands: one a file, imported only when asked for; `main(argv)` returns the exit code."""

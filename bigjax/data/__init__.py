@@ -1,0 +1,1 @@
+"""Data: a batch is a function of (seed, step); sources with random access, one a file."""

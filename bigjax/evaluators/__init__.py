@@ -1,0 +1,1 @@
+"""Evaluators: a measurement of a state; `run(state)` yields (name, value), every example counted once."""

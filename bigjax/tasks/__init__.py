@@ -1,0 +1,1 @@
+"""Tasks: what is being learned; `loss(module, batch, *, key) -> Sums` and `predict(module, batch) -> dict`."""
