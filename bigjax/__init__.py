@@ -1,3 +1,16 @@
-"""bigjax: large models in JAX, from one laptop to many slices, through one loop."""
+"""bigjax: large models in JAX, from one laptop to many slices, through one loop.
+
+In a notebook: `bigjax.train(config, workdir)`, `bigjax.load(workdir)`. Importing the package imports neither JAX nor
+TensorFlow.
+"""
 
 __version__ = "0.1.0"
+__all__ = ["load", "read_metrics", "resolve", "train"]
+
+
+def __getattr__(name):
+  if name in __all__:
+    from bigjax import notebook
+
+    return getattr(notebook, name)
+  raise AttributeError(f"module 'bigjax' has no attribute {name!r}")

@@ -1,0 +1,66 @@
+"""Run a workdir's experiment again from what it recorded, and compare every number it wrote."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from bigjax import config as configs
+from bigjax import record
+from bigjax.commands import train as train_command
+from bigjax.errors import UserError
+
+TIMINGS = ("seconds", "time", "examples_per_second", "steps_per_second")
+
+
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser(prog="bigjax repro", description=__doc__, allow_abbrev=False)
+  parser.add_argument("workdir", help="the directory of a run")
+  parser.add_argument("--into", metavar="DIR", help="where the new run goes; WORKDIR-repro otherwise")
+  parser.add_argument("--compile_cache", default=train_command.default_cache(), metavar="DIR", help="'none' for none")
+  args = parser.parse_args(argv)
+  into = args.into or args.workdir.rstrip("/") + "-repro"
+  described = record.read_config(args.workdir)
+  before = record.read_run(args.workdir)
+  for what, old, new in (
+      ("package", before.get("versions", {}), record.versions()),
+      ("code", before.get("git", {}), record.git_state()),
+  ):
+    for key, was, now in configs.diff(old, new):
+      print(f"note: {what} {key} was {was!r} and is {now!r}")
+
+  train_command.use_cache(args.compile_cache)
+  from bigjax import experiment, train
+
+  config = configs.read(os.path.join(args.workdir, "config.json"))
+  if configs.describe(configs.resolve(config, experiment.TrainConfig)) != described:
+    raise UserError(f"--workdir={args.workdir}: the code now reads this config.json differently; see bigjax diff.")
+  status = train.train(configs.resolve(config, experiment.TrainConfig), into)
+  code = train_command.after(into, status)
+  differences, compared = compare(args.workdir, into)
+  for line in differences[:20]:
+    print(line)
+  verdict = "the same to the bit" if not differences else f"{len(differences)} differ"
+  print(f"{compared} numbers of {args.workdir} compared with {into}: {verdict}")
+  return code or int(bool(differences))
+
+
+def compare(a: str, b: str) -> tuple[list[str], int]:
+  """Returns (differences, numbers compared) between two runs' metrics.jsonl, timings left out."""
+  old, new = _rows(a), _rows(b)
+  if not old:
+    raise UserError(f"{a} has no metrics.jsonl to compare with; config.writers must have 'jsonl'.")
+  keys = [k for k in old if k[1].rpartition("/")[2] not in TIMINGS]
+  missing = [f"step {s} {k}: not in {b}" for s, k in keys if (s, k) not in new]
+  other = [f"step {s} {k}: {old[s, k]!r} -> {new[s, k]!r}" for s, k in keys if (s, k) in new and old[s, k] != new[s, k]]
+  return missing + other, len(keys)
+
+
+def _rows(workdir):
+  file = os.path.join(workdir, "metrics.jsonl")
+  if not os.path.exists(file):
+    return {}
+  with open(file, encoding="utf-8") as f:
+    rows = [json.loads(line) for line in f if line.strip()]
+  return {(r["step"], k): v for r in rows for k, v in r.items() if k != "step"}

@@ -1,0 +1,56 @@
+"""Train a config, or go on where its workdir stopped."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from bigjax import config as configs
+from bigjax import record
+from bigjax.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser(prog="bigjax train", description=__doc__, allow_abbrev=False)
+  parser.add_argument("--config", required=True, metavar="FILE[:arg]", help="a file with get_config(); --config.key=value overrides")
+  parser.add_argument("--workdir", required=True, help="where checkpoints, metrics and the report go; a run there is gone on with")
+  parser.add_argument("--compile_cache", default=default_cache(), metavar="DIR", help="compiled programs kept between runs; 'none' for none")
+  args, overrides = parser.parse_known_args(argv)
+  config = configs.read(args.config, overrides)
+
+  use_cache(args.compile_cache)
+  from bigjax import experiment, train
+
+  resolved = configs.resolve(config, experiment.TrainConfig)
+  status = train.train(resolved, args.workdir)
+  return after(args.workdir, status)
+
+
+def after(workdir: str, status: str) -> int:
+  """Writes the report, tells the person what came out, and returns the exit code."""
+  from bigjax import metrics, report, train
+
+  page = report.write_report(workdir)
+  print(metrics.summary(workdir))
+  run = record.read_run(workdir)
+  del page, run
+  return train.STOPPED if status == "stopped" else 0
+
+
+def default_cache() -> str:
+  """Compiled programs are kept in the user's cache directory, or where JAX_COMPILATION_CACHE_DIR says."""
+  home = os.environ.get("XDG_CACHE_HOME", os.path.join(os.path.expanduser("~"), ".cache"))
+  return os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "bigjax", "compiled"))
+
+
+def use_cache(directory: str) -> None:
+  import jax
+
+  if directory == "none":
+    return
+  try:
+    os.makedirs(directory, exist_ok=True)
+  except OSError as e:
+    raise UserError(f"--compile_cache={directory} can't be made: {e.strerror}; name another or none.") from e
+  jax.config.update("jax_compilation_cache_dir", directory)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

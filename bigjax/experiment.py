@@ -1,0 +1,290 @@
+"""What a config describes, built and checked but not started: no array exists yet and no device has worked.
+
+`TrainConfig` documents every key. `build` makes the objects of a run from it, and finds what a schema can't: a model
+that can't take the batch, a size no device count divides, a rule that matches nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from bigjax import checkpoint, schedules, sharding, updates
+from bigjax import state as states
+from bigjax.config import Component
+from bigjax.data import ops, pipeline
+from bigjax.errors import UserError
+from bigjax.schedules import Duration
+
+EMPTY: Mapping[str, Any] = {}
+Regex = str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Where examples come from and what is done to them."""
+
+  source: Annotated[Component, "data"]  # dict(name="arrays", ...): one of bigjax/data/.
+  preprocess: Annotated[str, lambda value, where: _parse_ops(value, where)] = ""  # "decode|flip_lr|value_range(-1,1)".
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+  """A measurement of the state, every so often."""
+
+  evaluator: Annotated[Component, "evaluators"]
+  data: DataConfig
+  every: Duration = "1 epoch"  # How often; the last step is always measured.
+  batch_size: int | None = None  # Examples a batch; None: as in training.
+  extra_data: dict[str, DataConfig] = dataclasses.field(default_factory=dict)  # Further finite streams, by the evaluator's argument.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+  """Bounds on the gradient, in this order."""
+
+  value: float | None = None  # Each element to [-value, value].
+  norm: float | None = None  # The global norm to at most this.
+  adaptive: float | None = None  # Each unit's norm to this times its weight's, https://arxiv.org/abs/2102.06171.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeepConfig:
+  """Which checkpoints stay."""
+
+  last: int = 1  # The newest ones.
+  every: Duration | None = None  # And one every so often.
+  best: str | None = None  # And the best by this metric, "val/accuracy", saved whenever it improves.
+  mode: Literal["max", "min"] = "max"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StopConfig:
+  """Ends the run when a metric has stopped improving."""
+
+  metric: str  # Such as "val/loss".
+  patience: int  # Evaluations without improvement.
+  mode: Literal["max", "min"] = "min"
+  min_delta: float = 0.0  # What counts as improvement.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitConfig:
+  """Takes parameters from another run's checkpoint."""
+
+  workdir: str
+  step: int | None = None  # None: the last.
+  rules: tuple[tuple[Regex, str | None], ...] = ((".*", r"\g<0>"),)  # (leaf here, its name there, or None: keep the fresh value).
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClaimConfig:
+  """The result this config is for; a finished run says whether it was reached."""
+
+  metric: str  # Such as "test/accuracy".
+  at_least: float | None = None
+  at_most: float | None = None
+  source: str = ""  # Where the number comes from.
+
+
+Schedule = Annotated[Component, "schedules"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """Every key of a config. A duration is a number of steps, or "90 epochs", "2e6 examples", "2e9 tokens", "5%"."""
+
+  # What is learned, from what.
+  total_steps: Duration  # The length of the run.
+  batch_size: int  # Examples a step, over all devices and hosts.
+  data: DataConfig
+  model: Annotated[Component, "models"]
+  task: Annotated[Component, "tasks"]
+  seed: int = 0  # Of initialisation, order, augmentation and dropout.
+  init_from: InitConfig | None = None
+
+  # How it is updated.
+  optimizer: Annotated[Component, "optimizers"]  # One of bigjax/optimizers/, or any of optax by name.
+  schedule: Schedule | tuple[tuple[Regex, Schedule | None], ...]  # One for all, or by first match; None freezes.
+  clip: ClipConfig | None = None
+  decay: tuple[tuple[Regex, float | str], ...] = ()  # Weight decay: 0.1 or "decoupled(0.1)", "l2(1e-4)", "l1(1e-5)".
+  lr_multipliers: tuple[tuple[Regex, float], ...] = ()
+  freeze: tuple[Regex, ...] = ()
+  ema: float | None = None  # Decay of an average of the parameters, evaluated beside them.
+  accumulate: int = 1  # Parts a batch is computed in; the update is that of the whole.
+
+  # Where it runs.
+  mesh: tuple[tuple[str, int], ...] = (("data", -1),)  # Axes, outermost first; -1 is what is left.
+  sharding: tuple[tuple[Regex, str], ...] = ((".*", "replicate"),)  # "replicate", "fsdp(data)", "split(tensor,-1)".
+
+  # What is measured, kept and shown.
+  evals: dict[str, EvalConfig] = dataclasses.field(default_factory=dict)
+  log_every: Duration = 50
+  checkpoint_every: Duration = "20%"  # The last step is always saved.
+  keep: KeepConfig = KeepConfig()
+  early_stop: StopConfig | None = None
+  writers: tuple[Literal["jsonl", "csv", "tensorboard"], ...] = ("jsonl", "csv", "tensorboard")
+  claim: ClaimConfig | None = None
+
+
+# A run may go on under a config that differs in these: they don't change what is computed.
+OBSERVING = ("evals", "log_every", "checkpoint_every", "keep", "early_stop", "writers", "claim", "mesh", "sharding")
+
+
+def _parse_ops(value, where):
+  try:
+    ops.parse(value)
+  except UserError as e:
+    raise UserError(f"{where}: {e}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """A source and what is done to its examples."""
+
+  source: Any
+  preprocess: tuple[Any, ...]
+
+  @classmethod
+  def of(cls, data: DataConfig) -> Stream:
+    return cls(data.source(), ops.parse(data.preprocess))
+
+  def spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch."""
+    one = pipeline.spec(self.source, self.preprocess)
+    one = {"mask": jax.ShapeDtypeStruct((), jnp.float32)} | one
+    return {k: jax.ShapeDtypeStruct((batch_size, *v.shape), v.dtype) for k, v in one.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """The objects of a run."""
+
+  config: TrainConfig
+  mesh: jax.sharding.Mesh
+  data: Stream
+  batch: Mapping[str, jax.ShapeDtypeStruct]  # The shapes of a global batch.
+  clock: schedules.Clock
+  model: states.Model
+  task: Any
+  optimizer: updates.Optimizer
+  abstract: states.TrainState  # Shapes of the state.
+  shardings: states.TrainState  # Layout of the state.
+
+  @property
+  def total_steps(self) -> int:
+    return self.clock.total_steps
+
+  def steps(self, duration: Duration) -> int:
+    return max(1, self.clock.steps(duration))
+
+  def init(self, key: jax.Array) -> states.TrainState:
+    """Returns the first state, made in place on its devices."""
+    create = functools.partial(states.create, model=self.model, tx=self.optimizer.tx)
+    return jax.jit(create, out_shardings=self.shardings)(key)
+
+  def predict(self, state: states.TrainState, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What the model says of a batch; pure, for use under `jit`."""
+    return self.task.predict(self.model.bind(state.params, state.extras), batch)
+
+  def keep(self) -> checkpoint.Keep:
+    keep = self.config.keep
+    every = None if keep.every is None else self.steps(keep.every)
+    return checkpoint.Keep(last=keep.last, every=every, best=keep.best, mode=keep.mode)
+
+
+def build(config: TrainConfig) -> Experiment:
+  """Returns the experiment that `config` describes; raises `UserError` for what can't work, before any device does."""
+  mesh = sharding.make_mesh(config.mesh)
+  _check_sizes(config, mesh)
+  data = Stream.of(config.data)
+  batch = data.spec(config.batch_size)
+  clock = _clock(config, data, batch)
+  model, task = states.Model(config.model), config.task()
+  params, extras = model.abstract
+  optimizer = updates.make(
+      config.optimizer,
+      _schedules(config.schedule, clock),
+      params,
+      clip=None if config.clip is None else dataclasses.asdict(config.clip),
+      decay=config.decay,
+      lr_multipliers=config.lr_multipliers,
+      freeze=config.freeze,
+      ema=config.ema,
+  )
+  _check_model(model, task, params, extras, batch)
+  opt_state = jax.eval_shape(optimizer.tx.init, params)
+  abstract = states.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, extras, opt_state)
+  shardings = sharding.shard_tree(abstract, config.sharding, mesh)
+  return Experiment(config, mesh, data, batch, clock, model, task, optimizer, abstract, shardings)
+
+
+def _check_sizes(config, mesh):
+  for name, size in [("batch_size", config.batch_size), ("accumulate", config.accumulate)]:
+    if size < 1:
+      raise UserError(f"config.{name} must be positive, not {size}.")
+  ways = sharding.batch_ways(mesh)
+  sizes = {"config.batch_size": (config.batch_size, math.lcm(ways * config.accumulate, jax.process_count()))}
+  sizes |= {
+      f"config.evals.{n}.batch_size": (e.batch_size or config.batch_size, math.lcm(ways, jax.process_count()))
+      for n, e in config.evals.items()
+  }
+  for where, (size, parts) in sizes.items():
+    if size % parts:
+      near = max(parts, size // parts * parts)
+      raise UserError(
+          f"{where}: {size} examples can't be split evenly over {ways} data-parallel devices"
+          + (f" times accumulate={config.accumulate}" if parts != ways else "")
+          + f"; use a multiple of {parts}, such as {near} or {near + parts}."
+      )
+
+
+def _clock(config, data, batch):
+  tokens = batch["tokens"].shape[-1] - 1 if "tokens" in batch else None
+  clock = schedules.Clock(0, config.batch_size, len(data.source), tokens)
+  total = clock.steps(config.total_steps)
+  if total < 1:
+    raise UserError(f"config.total_steps: {config.total_steps!r} is less than one step.")
+  return dataclasses.replace(clock, total_steps=total)
+
+
+def _schedules(schedule: Component | tuple, clock) -> Callable | tuple:
+  if isinstance(schedule, Component):
+    return schedule(clock)
+  return tuple((regex, None if s is None else s(clock)) for regex, s in schedule)
+
+
+def _check_model(model, task, params, extras, batch):
+  """Traces the loss on shapes alone: a model that can't take the batch is found here, in the words of both."""
+
+  def loss(params, extras, batch, key):
+    return task.loss(model.bind(params, extras), batch, key=key)
+
+  try:
+    jax.eval_shape(loss, params, extras, dict(batch), jax.eval_shape(lambda: jax.random.key(0)))
+  except UserError:
+    raise
+  except KeyError as e:
+    has = ", ".join(map(repr, batch))
+    raise UserError(f"config.task wants {e} in a batch, which has {has}; name or rename it in data.preprocess.") from e
+  except (TypeError, ValueError, AttributeError, IndexError, AssertionError) as e:
+    shapes = ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in batch.items())
+    frame = _last_frame(e)
+    raise UserError(f"config.model and config.task can't take a batch of {shapes}: {e} ({frame})") from e
+
+
+def _last_frame(error):
+  """The last line of the model's or the task's own code that an error went through."""
+  trace, found = error.__traceback__, ""
+  while trace is not None:
+    code = trace.tb_frame.f_code
+    if "site-packages" not in code.co_filename:
+      found = f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}"
+    trace = trace.tb_next
+  return found

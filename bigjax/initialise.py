@@ -1,0 +1,69 @@
+"""Starting from another run's parameters, renamed by rules, with a line for every leaf.
+
+The rules are read from the new model's side, so that nothing is left over in silence: each leaf here either names where
+it comes from, or is said to stay fresh.
+"""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import numpy as np
+from absl import logging
+
+from bigjax import paths
+from bigjax.checkpoint import Checkpoints
+from bigjax.errors import UserError, suggest
+
+
+def from_config(run, state):
+  """Returns `state` with parameters taken as `config.init_from` says; the same state where it says nothing."""
+  init = run.config.init_from
+  if init is None:
+    return state
+  with Checkpoints(init.workdir, read_only=True) as checkpoints:
+    found = checkpoints.read(init.step)
+  source = {n.removeprefix("params/"): v for n, v in found.items() if n.startswith("params/")}
+  params, report = take(state.params, source, init.rules)
+  for line in report:
+    logging.info("%s", line)
+  taken = sum("<-" in line for line in report)
+  print(f"init_from {init.workdir}: {taken} of {len(report)} leaves taken")
+  return type(state)(state.step, params, state.extras, run.optimizer.tx.init(params))
+
+
+def take(params, source: dict[str, np.ndarray], rules, where: str = "config.init_from.rules"):
+  """Returns (params, report): leaves replaced by those of `source` that the rules name.
+
+  Args:
+    params: The fresh parameters; shapes, types and shardings stay theirs.
+    source: Leaves of the other run by name.
+    rules: `(regex of a leaf here, template of its name there or None)`, first match; `\\g<0>` is the same name.
+    where: The config path of the rules, for messages.
+
+  Raises:
+    UserError: A leaf without rule, a name that is not there, a shape that differs, or a rule that matches nothing.
+  """
+  names = paths.names(params)
+  chosen = paths.first_match([r[0] for r in rules], names, where)
+  leaves, report, wrong = [], [], []
+  for name, index, leaf in zip(names, chosen, jax.tree.leaves(params), strict=True):
+    template = None if index is None else rules[index][1]
+    if index is None:
+      wrong.append(f"{name}: no rule matches; add ('.*', None) to leave the rest fresh.")
+    elif template is None:
+      report.append(f"{name}: fresh")
+    else:
+      there = re.fullmatch(rules[index][0], name).expand(template)
+      if there not in source:
+        wrong.append(f"{name}: there is no {there!r} in the other run.{suggest(there, source)}")
+      elif source[there].shape != leaf.shape:
+        wrong.append(f"{name} {leaf.shape}: {there!r} has shape {source[there].shape}; give it a rule with None to leave it fresh.")
+      else:
+        report.append(f"{name} <- {there}")
+        leaf = jax.device_put(np.asarray(source[there], leaf.dtype), leaf.sharding)
+    leaves.append(leaf)
+  if wrong:
+    raise UserError(f"{where}:\n" + "\n".join(f"  {w}" for w in wrong[:20]))
+  return jax.tree.unflatten(jax.tree.structure(params), leaves), report

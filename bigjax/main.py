@@ -1,0 +1,69 @@
+"""The one entrypoint: `bigjax COMMAND ...`, the same as `python -m bigjax COMMAND ...`.
+
+Leaves with 0 when all went well, 2 for a mistake of the person at the keyboard (one message, with the remedy),
+1 for a fault at run time, 75 when it was asked to stop and saved itself.
+"""
+
+import importlib
+import os
+import pkgutil
+import sys
+import traceback
+
+from bigjax import __version__, commands
+from bigjax.errors import UserError, suggest
+
+COMMANDS = {
+    "train": "train a config, or go on where its workdir stopped",
+    "eval": "measure a checkpoint by the config's evaluators",
+    "explain": "every parameter: shape, rule that matched, layout, bytes a device",
+    "diff": "what differs between two configs or workdirs",
+    "repro": "run a workdir again from what it recorded, and compare",
+    "report": "write the report page of a workdir anew",
+    "data": "prepare datasets",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs one command; returns the exit code."""
+  argv = sys.argv[1:] if argv is None else argv
+  if not argv or argv[0] in ("-h", "--help", "help"):
+    width = max(map(len, COMMANDS))
+    print("usage: bigjax COMMAND [...]   (bigjax COMMAND --help for its flags)\n")
+    print("\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()))
+    return 0
+  if argv[0] in ("-V", "--version"):
+    print(f"bigjax {__version__}")
+    return 0
+  _quiet()
+  try:
+    return _load(argv[0])(argv[1:]) or 0
+  except UserError as e:
+    if os.environ.get("BIGJAX_TRACEBACK"):
+      traceback.print_exc()
+    print(f"bigjax {argv[0]}: {e}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print(f"bigjax {argv[0]}: interrupted", file=sys.stderr)
+    return 130
+  except FloatingPointError as e:
+    print(f"bigjax {argv[0]}: {e}", file=sys.stderr)
+    return 1
+
+
+def _load(name):
+  known = [m.name for m in pkgutil.iter_modules(commands.__path__)]
+  if name not in known:
+    raise UserError(f"there is no command {name!r}.{suggest(name, known)}")
+  return importlib.import_module(f"bigjax.commands.{name}").main
+
+
+def _quiet():
+  """Settings that TensorFlow and XLA read when they are first imported, unless the person set them."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
+if __name__ == "__main__":
+  sys.exit(main())

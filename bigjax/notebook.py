@@ -1,0 +1,76 @@
+"""The same things from a notebook: resolve a config, train it, look inside a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from bigjax import config as configs
+from bigjax import experiment, record
+from bigjax import train as loop
+from bigjax.checkpoint import Checkpoints
+from bigjax.errors import UserError
+from bigjax.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A run, looked into."""
+
+  run: experiment.Experiment
+  state: TrainState
+
+  @property
+  def config(self) -> experiment.TrainConfig:
+    return self.run.config
+
+  @property
+  def model(self) -> nnx.Module:
+    """The trained module, to call as any NNX module."""
+    return self.run.model.bind(self.state.params, self.state.extras)
+
+  def predict(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """What the task's `predict` says of a batch of arrays."""
+    return jax.jit(self.run.predict)(self.state, dict(batch))
+
+
+def resolve(config: Any) -> experiment.TrainConfig:
+  """Returns the checked config of a file (`"configs/digits_vit.py:arg"`), a `ConfigDict` or a dict."""
+  config = configs.read(config) if isinstance(config, str) else config
+  return configs.resolve(config, experiment.TrainConfig)
+
+
+def train(config: Any, workdir: str) -> Loaded:
+  """Trains `config` (as `resolve` takes it) in `workdir`, or goes on there, and returns the run."""
+  from bigjax.commands.train import after
+
+  after(workdir, loop.train(resolve(config), workdir))
+  return load(workdir)
+
+
+def load(workdir: str, step: int | None = None) -> Loaded:
+  """Returns the config, model and state of a run's last checkpoint, or of that of `step`."""
+  described = record.read_config(workdir)
+  run = experiment.build(resolve(described))
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    found = checkpoints.restore(run.abstract, run.shardings, step)
+  if found is None:
+    raise UserError(f"{workdir} has no checkpoint yet.")
+  return Loaded(run, found[0])
+
+
+def read_metrics(workdir: str) -> dict[str, list[tuple[int, float]]]:
+  """Returns every metric of a run as a list of (step, value)."""
+  curves: dict[str, list[tuple[int, float]]] = {}
+  with open(os.path.join(workdir, "metrics.jsonl"), encoding="utf-8") as f:
+    for row in map(json.loads, f):
+      for key, value in row.items():
+        if key != "step":
+          curves.setdefault(key, []).append((row["step"], value))
+  return curves

@@ -1,0 +1,140 @@
+"""What a run writes down about itself: the resolved config, versions, git state, command and parameters.
+
+A workdir belongs to one config. Opening it checks that, so that no run goes on under another's checkpoints.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bigjax import config as configs
+from bigjax.errors import UserError
+
+PACKAGES = (
+    "bigjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy",
+    "tensorflow-cpu", "tensorflow", "tensorflow-datasets", "ml-collections", "clu",
+)  # fmt: skip
+
+
+def open_workdir(workdir: str, described: Mapping[str, Any], free: Sequence[str]) -> None:
+  """Makes `workdir`, or checks that it holds a run of the same config.
+
+  Args:
+    workdir: The directory of the run.
+    described: The config, as `config.describe` gives it.
+    free: Top-level keys that may differ from the recorded ones.
+  """
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
+  except OSError as e:
+    raise UserError(f"--workdir={workdir} can't be written: {e.strerror}. Name a directory of yours with space left.") from e
+  file = os.path.join(workdir, "config.json")
+  if os.path.exists(file):
+    changes = [c for c in configs.diff(read_config(workdir), described) if c[0].split(".")[0] not in free]
+    if changes:
+      lines = "\n".join(f"  {k}: {_show(a)} -> {_show(b)}" for k, a, b in changes[:20])
+      raise UserError(
+          f"--workdir={workdir} holds the run of another config (there -> here):\n{lines}\n"
+          "Name another --workdir, or start from that run's parameters with config.init_from."
+      )
+  elif os.path.isdir(os.path.join(workdir, "checkpoints")):
+    raise UserError(f"--workdir={workdir} has checkpoints but no config.json to tell whose; name another --workdir.")
+  write_json(file, described)
+
+
+def _show(value):
+  return "(not there)" if value is ... else repr(value)
+
+
+def read_config(workdir: str) -> dict[str, Any]:
+  """Returns the described config of a run."""
+  file = os.path.join(workdir, "config.json")
+  try:
+    with open(file, encoding="utf-8") as f:
+      return json.load(f)
+  except FileNotFoundError:
+    raise UserError(f"--workdir={workdir} holds no run: there is no config.json.") from None
+  except (OSError, ValueError) as e:
+    raise UserError(f"{file} can't be read: {e}") from e
+
+
+def start(workdir: str, described: Mapping[str, Any], **facts: Any) -> None:
+  """Writes run.json: when, from what code, by which command; a resumed run adds to `starts`."""
+  file = os.path.join(workdir, "run.json")
+  starts = read_run(workdir).get("starts", [])
+  command = [os.path.basename(sys.argv[0]) if i == 0 else a for i, a in enumerate(sys.argv)]
+  run = {
+      "command": command,
+      "config_hash": configs.digest(described),
+      "git": git_state(),
+      "versions": versions(),
+      "python": platform.python_version(),
+      "starts": [*starts, now()],
+      "started": starts[0] if starts else now(),
+      "status": "running",
+      **facts,
+  }
+  write_json(file, run)
+
+
+def finish(workdir: str, status: str, **facts: Any) -> None:
+  """Notes in run.json how the run ended."""
+  write_json(os.path.join(workdir, "run.json"), read_run(workdir) | {"status": status, "finished": now(), **facts})
+
+
+def read_run(workdir: str) -> dict[str, Any]:
+  try:
+    with open(os.path.join(workdir, "run.json"), encoding="utf-8") as f:
+      return json.load(f)
+  except FileNotFoundError:
+    return {}
+
+
+def versions() -> dict[str, str]:
+  """Versions of the packages that decide a result, without importing them."""
+  found = {}
+  for package in PACKAGES:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def git_state() -> dict[str, Any]:
+  """The commit that the package's code is of, and whether it was changed; empty outside a repository."""
+  here = os.path.dirname(os.path.abspath(__file__))
+
+  def git(*args):
+    return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+
+  try:
+    return {"commit": git("rev-parse", "HEAD"), "changed_files": git("status", "--porcelain").splitlines()[:50]}
+  except (OSError, subprocess.SubprocessError):
+    return {}
+
+
+def now() -> str:
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def write_json(file: str, value: Any) -> None:
+  """Writes whole or not at all."""
+  temporary = f"{file}.tmp"
+  with open(temporary, "w", encoding="utf-8") as f:
+    json.dump(value, f, indent=1)
+    f.write("\n")
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(temporary, file)

@@ -1,0 +1,83 @@
+"""What training changes, as one pytree of plain dicts, and the functional face of an NNX module.
+
+A module is an object while it is built and while it is called. What crosses `jax.jit` is dicts of arrays, whose dispatch
+costs what it would without NNX. This is the only file that takes modules apart.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that training changes."""
+
+  step: jax.Array  # Updates made so far, int32.
+  params: PyTree  # What the optimizer trains, float32.
+  extras: PyTree  # What the model keeps besides, such as batch statistics.
+  opt_state: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """An NNX module as pure functions over plain dicts."""
+
+  build: Callable[..., nnx.Module]  # Called with `rngs=`.
+
+  def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+    """Returns fresh (params, extras)."""
+    _, params, extras = nnx.split(self.build(rngs=nnx.Rngs(key)), nnx.Param, ...)
+    return _plain(params), _plain(extras)
+
+  def bind(self, params: PyTree, extras: PyTree) -> nnx.Module:
+    """Returns the module itself, to call inside `jit` as any Python object."""
+    return nnx.merge(self._graphdef, _numbered(params), _numbered(extras))
+
+  @staticmethod
+  def extras(module: nnx.Module) -> PyTree:
+    """Returns what a call may have changed."""
+    return _plain(nnx.state(module, nnx.Not(nnx.Param)))
+
+  @property
+  def abstract(self) -> tuple[PyTree, PyTree]:
+    """The shapes of (params, extras)."""
+    return self._traced[1:]
+
+  @property
+  def _graphdef(self):
+    return self._traced[0]
+
+  @functools.cached_property
+  def _traced(self):
+    """The module's structure, found once without making an array."""
+    graphdef, params, extras = nnx.split(nnx.eval_shape(lambda: self.build(rngs=nnx.Rngs(0))), nnx.Param, ...)
+    return graphdef, _plain(params), _plain(extras)
+
+
+def create(key: jax.Array, model: Model, tx: optax.GradientTransformation) -> TrainState:
+  """Returns the state before the first step."""
+  params, extras = model.init(key)
+  return TrainState(jnp.zeros((), jnp.int32), params, extras, tx.init(params))
+
+
+def _plain(state):
+  """An `nnx.State` as nested dicts with string keys, which is what checkpoints and rules know."""
+  rename = lambda tree: {str(k): rename(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+  return rename(nnx.to_pure_dict(state))
+
+
+def _numbered(tree):
+  """The inverse of `_plain`'s renaming: NNX lists have integer keys."""
+  if not isinstance(tree, dict):
+    return tree
+  return {int(k) if k.isdigit() else k: _numbered(v) for k, v in tree.items()}

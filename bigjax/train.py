@@ -1,0 +1,316 @@
+"""The training loop: read this file to know what one run does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bigjax import best, config as configs, initialise, metrics, overview, record, sharding
+from bigjax import state as states
+from bigjax.checkpoint import Checkpoints
+from bigjax.data import pipeline
+from bigjax.errors import UserError
+from bigjax.experiment import OBSERVING, EvalConfig, Experiment, Stream, TrainConfig, build
+
+STOPPED = 75  # Exit code of a run that was asked to stop and saved itself (sysexits' "try again later").
+
+
+def train(config: TrainConfig, workdir: str) -> str:
+  """Trains until `config.total_steps`, from the last checkpoint in `workdir` if there is one.
+
+  Returns:
+    How it ended: "finished", "stopped" (asked to by a signal) or "stopped early" (`config.early_stop`).
+  """
+  described = configs.describe(config)
+  record.open_workdir(workdir, described, free=OBSERVING)
+  run = build(config)
+  overview.write(run, workdir)
+  record.start(workdir, described, **overview.facts(run))
+
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(run.mesh))
+    checkpoints = stack.enter_context(Checkpoints(workdir, run.keep()))
+    state, loop = start(run, checkpoints)
+    first = int(state.step)
+    watch = Watch.of(config, loop)
+
+    batches = stack.enter_context(train_batches(run, first))
+    evals = {name: Evaluation.of(run, name, e) for name, e in config.evals.items()}
+    writers = stack.enter_context(metrics.Writers(workdir, config.writers, resume_step=first, primary=jax.process_index() == 0))
+    progress = stack.enter_context(metrics.Progress(run.total_steps, first, config.batch_size))
+    interrupt = stack.enter_context(Interrupt())
+
+    step_fn = make_step(run)
+    key = jax.device_put(jax.random.fold_in(jax.random.key(config.seed), 1), sharding.replicated(run.mesh))
+    logger = Logger(writers, progress)
+    log_every, checkpoint_every = run.steps(config.log_every), run.steps(config.checkpoint_every)
+    status = "finished"
+
+    for step in range(first + 1, run.total_steps + 1):
+      due = functools.partial(is_due, step, last=run.total_steps)
+      with progress.pause("input"):
+        batch = next(batches)
+      with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
+        state, measured = step_fn(state, batch, key)
+      logger.step(step, measured if due(log_every) else None)
+
+      measurements = {}
+      for name, evaluation in evals.items():
+        if due(evaluation.every):
+          with progress.pause("eval"):
+            measurements |= evaluation.run(state)
+      if measurements:
+        logger.evals(step, measurements)
+        watch = watch.seen(step, measurements)
+
+      if watch.tired:
+        status = "stopped early"
+      elif interrupt.asked:
+        status = "stopped"
+      ending = status != "finished"
+      if due(checkpoint_every) or watch.improved_at(step) or ending:
+        logger.flush()
+        with progress.pause("save"):
+          checkpoints.save(step, state, watch.to_json(), watch.metric_at(step))
+      if ending:
+        break
+
+    logger.flush()
+    with progress.pause("save"):
+      checkpoints.wait()
+    writers.flush()
+    progress.close()
+    record.finish(workdir, status, step=int(state.step), seconds=progress.breakdown(), best=watch.to_json())
+  return status
+
+
+def evaluate(config: TrainConfig, workdir: str, step: int | None = None) -> tuple[int, dict[str, Any]]:
+  """Measures the last checkpoint in `workdir`, or that of `step`, by all of the config's evaluators, on any mesh."""
+  run = build(config)
+  with jax.set_mesh(run.mesh), Checkpoints(workdir, read_only=True) as checkpoints:
+    found = checkpoints.restore(run.abstract, run.shardings, step)
+    if found is None:
+      raise UserError(f"--workdir={workdir} has no checkpoint yet.")
+    state, _ = found
+    results = {}
+    for name, e in config.evals.items():
+      results |= Evaluation.of(run, name, e).run(state)
+    return int(state.step), results
+
+
+def start(run: Experiment, checkpoints: Checkpoints) -> tuple[states.TrainState, Mapping[str, Any]]:
+  """Returns the state to go on from, and what the loop remembered: the last checkpoint's, or a fresh one."""
+  found = checkpoints.restore(run.abstract, run.shardings)
+  if found is not None:
+    return found
+  state = run.init(jax.random.key(run.config.seed))
+  return initialise.from_config(run, state), {}
+
+
+def make_step(run: Experiment):
+  """Returns `(state, batch, key) -> (state, metrics)`, compiled, the old state's memory given to the new."""
+  model, task, tx = run.model, run.task, run.optimizer.tx
+
+  def loss(params, extras, batch, key):
+    module = model.bind(params, extras)
+    sums = task.loss(module, batch, key=key)
+    return sums.sums["loss"], (sums, model.extras(module))
+
+  def mean_and_grads(params, extras, batch, key):
+    """One division by the global weight, after everything is added up."""
+    grads, (sums, extras) = accumulate(jax.grad(loss, has_aux=True), run.config.accumulate)(params, extras, batch, key)
+    weight = sums.weights["loss"]
+    return jax.tree.map(lambda g: g / jnp.where(weight == 0, 1, weight), grads), sums.means(), extras
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(run.shardings, None))
+  def step(state, batch, key):
+    key = jax.random.fold_in(key, state.step)
+    grads, means, extras = mean_and_grads(state.params, state.extras, batch, key)
+    again = lambda params, _=None: mean_and_grads(params, state.extras, batch, key)[0]
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, value=means["loss"], grad_fn=again)
+    params = optax.apply_updates(state.params, updates)
+    measured = means | {f"learning_rate{n}": rate(state.step) for n, rate in run.optimizer.learning_rates.items()}
+    measured |= {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+    return states.TrainState(state.step + 1, params, extras, opt_state), measured
+
+  return step
+
+
+def accumulate(grad_fn, parts: int):
+  """Returns `grad_fn` computed over `parts` of the batch, one after another, sums added; as the whole batch at once."""
+  if parts == 1:
+    return grad_fn
+
+  def summed(params, extras, batch, key):
+    # Part i takes every parts-th example, so that each device splits what it already has.
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+    part = lambda i: jax.tree.map(lambda x: x[i], split)
+
+    def body(carry, i):
+      total, sums, extras = carry
+      grads, (more, extras) = grad_fn(params, extras, part(i), jax.random.fold_in(key, i))
+      return (jax.tree.map(jnp.add, total, grads), sums + more, extras), None
+
+    grads, (sums, extras) = grad_fn(params, extras, part(0), jax.random.fold_in(key, 0))
+    (grads, sums, extras), _ = jax.lax.scan(body, (grads, sums, extras), jnp.arange(1, parts))
+    return grads, (sums, extras)
+
+  return summed
+
+
+def is_due(step: int, every: int, *, last: int) -> bool:
+  return step % every == 0 or step == last
+
+
+@contextlib.contextmanager
+def train_batches(run: Experiment, first: int) -> Iterator[Iterator[dict[str, jax.Array]]]:
+  """Batches on the devices, from that of step `first` on."""
+  config = run.config
+  with contextlib.closing(
+      pipeline.train_batches(
+          run.data.source,
+          batch_size=config.batch_size,
+          seed=config.seed,
+          preprocess=run.data.preprocess,
+          start_step=first,
+          host=jax.process_index(),
+          hosts=jax.process_count(),
+      )
+  ) as batches:
+    yield pipeline.to_device(batches, sharding.batch_sharding(run.mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """An evaluator with its data and cadence; it measures the parameters and every other view of them, such as the EMA."""
+
+  name: str
+  every: int
+  evaluator: Any
+  views: Mapping[str, Any]
+
+  @classmethod
+  def of(cls, run: Experiment, name: str, config: EvalConfig) -> Evaluation:
+    size = config.batch_size or run.config.batch_size
+
+    def batches(data):
+      stream = Stream.of(data)
+      hosts = dict(host=jax.process_index(), hosts=jax.process_count())
+
+      def finite():
+        found = pipeline.eval_batches(stream.source, batch_size=size, preprocess=stream.preprocess, **hosts)
+        with contextlib.closing(found):
+          yield from pipeline.to_device(found, sharding.batch_sharding(run.mesh))
+
+      return finite
+
+    extra = {k: batches(d) for k, d in config.extra_data.items()}
+    evaluator = config.evaluator(predict=run.predict, batches=batches(config.data), **extra)
+    views = {view: jax.jit(of) for view, of in run.optimizer.views.items()}
+    return cls(name, run.steps(config.every), evaluator, views)
+
+  def run(self, state: states.TrainState) -> dict[str, Any]:
+    """Returns every measurement by name, `val/accuracy`, and those of a view as `val/ema/accuracy`."""
+    found = {f"{self.name}/{k}": v for k, v in self.evaluator.run(state)}
+    for view, of in self.views.items():
+      viewed = dataclasses.replace(state, params=of(state.opt_state, state.params))
+      found |= {f"{self.name}/{view}/{k}": v for k, v in self.evaluator.run(viewed)}
+    return found
+
+
+class Logger:
+  """Fetches a step's metrics once the next step is on its way, so that the devices never wait for the host."""
+
+  def __init__(self, writers: metrics.Writers, progress: metrics.Progress):
+    self._writers, self._progress, self._pending = writers, progress, None
+
+  def step(self, step: int, measured: Mapping[str, jax.Array] | None) -> None:
+    self.flush()
+    self._pending = None if measured is None else (step, measured)
+    self._progress.update(step, None)
+
+  def evals(self, step: int, measurements: Mapping[str, Any]) -> None:
+    self.flush()
+    self._writers.write(step, measurements)
+    self._progress.note(step, measurements)
+
+  def flush(self) -> None:
+    """Writes the metrics that are waiting; raises `FloatingPointError` when the loss is not finite."""
+    if self._pending is None:
+      return
+    (step, measured), self._pending = self._pending, None
+    values = {k: float(v) for k, v in jax.device_get(measured).items()}
+    self._writers.write(step, values)
+    self._progress.update(step, values)
+    if not math.isfinite(values["loss"]):
+      raise FloatingPointError(
+          f"The loss is {values['loss']} at step {step} (gradient norm {values['grad_norm']}). "
+          "Try a lower peak of config.schedule, a longer warmup, or config.clip; the last checkpoint is intact."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+  """The best values that decide what is kept and when to stop early."""
+
+  keep: best.Best | None = None
+  stop: best.Best | None = None
+  patience: int = 0
+
+  @classmethod
+  def of(cls, config: TrainConfig, saved: Mapping[str, Any]) -> Watch:
+    keep, stop = config.keep, config.early_stop
+    for where, metric in [("keep.best", keep.best), ("early_stop.metric", stop and stop.metric)]:
+      if metric and metric.split("/")[0] not in config.evals:
+        raise UserError(f"config.{where}: {metric!r} is no metric of config.evals ({', '.join(config.evals) or 'none'}).")
+    return cls(
+        keep=best.Best(keep.best, keep.mode).restored(saved.get("keep")) if keep.best else None,
+        stop=best.Best(stop.metric, stop.mode, stop.min_delta).restored(saved.get("stop")) if stop else None,
+        patience=stop.patience if stop else 0,
+    )
+
+  def seen(self, step: int, measurements: Mapping[str, Any]) -> Watch:
+    after = lambda b: None if b is None else b.seen(step, measurements)
+    return dataclasses.replace(self, keep=after(self.keep), stop=after(self.stop))
+
+  @property
+  def tired(self) -> bool:
+    return self.stop is not None and self.stop.waited >= self.patience
+
+  def improved_at(self, step: int) -> bool:
+    return self.keep is not None and self.keep.step == step
+
+  def metric_at(self, step: int) -> float | None:
+    return self.keep.value if self.improved_at(step) else None
+
+  def to_json(self) -> dict[str, Any]:
+    return {k: dataclasses.asdict(v) for k, v in (("keep", self.keep), ("stop", self.stop)) if v is not None}
+
+
+class Interrupt:
+  """SIGTERM and SIGINT asked for politely: the first is noticed between two steps, the second ends at once."""
+
+  def __init__(self):
+    self.asked = False
+
+  def __enter__(self) -> Interrupt:
+    self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def _ask(self, number, frame):
+    del frame
+    self.asked = True
+    signal.signal(number, self._before[number])
+
+  def __exit__(self, *_):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
