@@ -16,22 +16,22 @@ _ROUNDS = 6
 
 
 def shuffled(
-  n: int, positions: Int64[np.ndarray, "batch"], seed: int
-) -> tuple[Int64[np.ndarray, "batch"], Int64[np.ndarray, "batch"]]:
-  """Returns the epoch and the example id at each position of the endless stream of reshuffled epochs of `n` examples."""
+  n: int, positions: Int64[np.ndarray, " batch"], seed: int
+) -> tuple[Int64[np.ndarray, " batch"], Int64[np.ndarray, " batch"]]:
+  """Returns the epoch and the example id at each position of the endless stream of reshuffled epochs of `n`."""
   epochs, places = np.divmod(positions, n)
   return epochs, permute(places, n, seed, epochs)
 
 
 def permute(
-  places: Int64[np.ndarray, "batch"], n: int, seed: int, epochs: Int64[np.ndarray, "batch"] | int = 0
-) -> Int64[np.ndarray, "batch"]:
+  places: Int64[np.ndarray, " batch"], n: int, seed: int, epochs: Int64[np.ndarray, " batch"] | int = 0
+) -> Int64[np.ndarray, " batch"]:
   """Maps places in [0, n) to ids in [0, n), one to one for every (seed, epoch)."""
   if n == 1:
     return np.zeros_like(places)
   # A domain of 64 at least: on fewer bits the permutations of a Feistel network are far from equally likely.
-  right_bits = max(6, (n - 1).bit_length()) // 2
-  left_bits = max(6, (n - 1).bit_length()) - right_bits
+  bits = max(6, (n - 1).bit_length())
+  right_bits, left_bits = bits // 2, bits - bits // 2
   keys = np.broadcast_to(fold(_start(seed), epochs), places.shape)
   ids = _feistel(places.astype(np.uint64), keys, left_bits, right_bits)
   outside = np.flatnonzero(ids >= n)
@@ -42,8 +42,8 @@ def permute(
 
 
 def example_keys(
-  seed: int, epochs: Int64[np.ndarray, "batch"], ids: Int64[np.ndarray, "batch"]
-) -> UInt64[np.ndarray, "batch"]:
+  seed: int, epochs: Int64[np.ndarray, " batch"], ids: Int64[np.ndarray, " batch"]
+) -> UInt64[np.ndarray, " batch"]:
   """Returns a key for each example in its epoch: all the randomness it may draw on."""
   return fold(fold(_start(seed), epochs), ids)
 
@@ -54,7 +54,7 @@ def fold(keys: UInt64[np.ndarray, "..."], salt: Int64[np.ndarray, "..."] | int) 
   return _mix(keys + _mix(salt + np.uint64(_GOLDEN)))
 
 
-def uniform(keys: UInt64[np.ndarray, "batch"], salt: int, count: int) -> Float32[np.ndarray, "batch {count}"]:
+def uniform(keys: UInt64[np.ndarray, " batch"], salt: int, count: int) -> Float32[np.ndarray, "batch {count}"]:
   """Returns `count` numbers in [0, 1) for each key; another salt gives others."""
   counter = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
   bits = _mix(fold(keys, salt)[:, None] + counter)

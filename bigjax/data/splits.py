@@ -30,7 +30,7 @@ class Subset:
   def __len__(self) -> int:
     return sum(stop - start for start, stop in self.ranges)
 
-  def rows(self) -> slice | Int64[np.ndarray, "rows"]:
+  def rows(self) -> slice | Int64[np.ndarray, " rows"]:
     """Returns what picks these examples out of an array of all: a slice where that is enough, else their indices."""
     if self.seed is None and len(self.ranges) == 1:
       return slice(*self.ranges[0])

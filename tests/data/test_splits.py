@@ -6,7 +6,7 @@ from bigjax.errors import UserError
 
 
 def picked(split, size=10, seed=None, sizes=None):
-  name, subset = splits.parse(split, sizes or {"train": size}, seed)
+  _, subset = splits.parse(split, sizes or {"train": size}, seed)
   rows = np.arange(subset.size)[subset.rows()]
   assert len(rows) == len(subset)
   return rows.tolist()
@@ -48,7 +48,7 @@ def test_another_seed_cuts_other_parts():
 
 def test_folds_partition_and_their_complements_complete_them():
   folds = [picked(f"fold({i},5)", size=569) for i in range(5)]
-  assert sorted(sum(folds, [])) == list(range(569))
+  assert sorted(i for fold in folds for i in fold) == list(range(569))
   assert {len(f) for f in folds} == {113, 114}
   for i, fold in enumerate(folds):
     assert sorted(fold + picked(f"not_fold({i},5)", size=569)) == list(range(569))
