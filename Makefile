@@ -1,0 +1,48 @@
+# Each target does everything it needs from a clean clone: Python 3.11 to 3.13, make and a package registry are enough.
+
+CONFIG ?= configs/digits_vit.py
+WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
+# Passed on: make train ARGS="--config.total_steps=100", make test ARGS="-k vit"
+ARGS ?=
+# Two test processes: each holds JAX and TensorFlow (about 1 GB), and XLA uses further cores by itself.
+WORKERS ?= 2
+
+bin := .venv/bin
+pytest := $(bin)/python -m pytest -n $(WORKERS) --dist worksteal --durations 15 --durations-min 1
+
+.PHONY: help train test test-all lint format lock clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo '  Variables: ARGS (for bigjax or pytest), CONFIG, WORKDIR, WORKERS, PYTHON (an interpreter, the first time)'
+
+train:  ## train the main example on real data (or CONFIG=configs/NAME.py)
+	@sh scripts/bootstrap.sh examples
+	@$(bin)/bigjax train --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
+
+test:  ## the test suite
+	@sh scripts/bootstrap.sh examples dev
+	@$(pytest) -m "not slow" $(ARGS)
+
+test-all:  ## the test suite with the slow tests
+	@sh scripts/bootstrap.sh examples dev
+	@$(pytest) $(ARGS)
+
+lint:  ## ruff's checks, and its format
+	@sh scripts/bootstrap.sh examples dev
+	@$(bin)/ruff check .
+	@$(bin)/ruff format --check .
+
+format:  ## mend what ruff can mend
+	@sh scripts/bootstrap.sh examples dev
+	@$(bin)/ruff check --fix .
+	@$(bin)/ruff format .
+
+lock:  ## resolve pyproject.toml into constraints.txt again (ARGS=--upgrade: the newest versions)
+	@sh scripts/bootstrap.sh examples dev
+	@sh scripts/lock.sh $(ARGS)
+
+clean:  ## remove what make made (.venv, caches, builds), never runs/
+	@rm -rf .venv .cache .pytest_cache .ruff_cache build dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
