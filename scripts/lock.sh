@@ -13,7 +13,7 @@ cp constraints.txt "$fresh" 2>/dev/null || true
 # --universal forks where Pythons need different versions (JAX stopped supporting 3.11 at 0.10.2).
 .venv/bin/uv pip compile pyproject.toml --quiet --python .venv/bin/python --python-version 3.11 --universal --all-extras \
   --no-header --no-annotate "$@" --output-file "$fresh"
-if grep -nE '://|^ *-|[[:space:]]@[[:space:]]' "$fresh"; then
+if grep -nE ':/[/]|^ *-|[[:space:]]@[[:space:]]' "$fresh"; then
   echo "lock: the lines above hold an address or an option; constraints.txt is left as it was" >&2
   exit 1
 fi
