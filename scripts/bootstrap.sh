@@ -16,7 +16,7 @@ lock=.cache/bootstrap.lock
 say() { echo "bootstrap: $*" >&2; }
 
 main() {
-  inputs=$({ pwd; cat pyproject.toml constraints.txt bigjax/__init__.py; } | cksum)
+  inputs=$({ pwd; cat pyproject.toml constraints.txt; grep '^__version__' bigjax/__init__.py; } | cksum)
   ready "$@" && return
   take_lock
   ready "$@" && return                 # another call made it meanwhile

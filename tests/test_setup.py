@@ -142,10 +142,9 @@ def test_a_finished_environment_is_left_alone(fresh):
   environment = fresh / ".venv"
   (environment / "bin").mkdir(parents=True)
   program(environment / "bin" / "python", "echo 'something was run' >&2; exit 1")
-  inputs = b"".join((fresh / f).read_bytes() for f in ["pyproject.toml", "constraints.txt", "bigjax/__init__.py"])
-  key = subprocess.run(
-    ["cksum"], input=f"{fresh.resolve()}\n".encode() + inputs, capture_output=True, check=True
-  ).stdout
+  inputs = [f"{fresh.resolve()}\n", *((fresh / f).read_text() for f in ["pyproject.toml", "constraints.txt"])]
+  inputs = "".join(inputs) + f'__version__ = "{bigjax.__version__}"\n'
+  key = subprocess.run(["cksum"], input=inputs.encode(), capture_output=True, check=True).stdout
   (environment / "bootstrap.stamp").write_bytes(key + b"dev examples\n")
   assert bootstrap(fresh, PWD=str(fresh)).stderr == ""
   # A change of the pins is seen.
