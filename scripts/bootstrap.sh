@@ -100,7 +100,7 @@ print(version)' 2>&1) && reason="is Python $version" && return
   return 1
 }
 
-# Many times faster than pip, but it neither reads pip's settings (a company's own index) nor runs everywhere.
+# Several times faster than pip, but it neither reads pip's settings (a company's own index) nor runs everywhere.
 with_uv() {
   [ -x "$venv/bin/uv" ] || "$python" -m pip install -q --disable-pip-version-check -c constraints.txt uv || return 1
   quiet=-q; [ ! -t 2 ] || quiet=""
