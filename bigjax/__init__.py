@@ -1,11 +1,11 @@
 """bigjax: large models in JAX, from one laptop to many slices, through one loop.
 
-In a notebook: `bigjax.train(config, workdir)`, `bigjax.load(workdir)`. Importing the package imports neither JAX nor
+In a notebook: `bigjax.run(config, workdir)`, `bigjax.load(workdir)`. Importing the package imports neither JAX nor
 TensorFlow.
 """
 
 __version__ = "0.1.0"
-__all__ = ["load", "read_metrics", "resolve", "train"]
+__all__ = ["load", "read_metrics", "resolve", "run"]
 
 
 def __getattr__(name):

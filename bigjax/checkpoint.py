@@ -52,7 +52,8 @@ class Checkpoints:
     )
     if read_only and not os.path.isdir(self.directory):
       raise UserError(f"--workdir={workdir} holds no checkpoints; train there first, or name another directory.")
-    self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "loop"))
+    handlers = {"state": ocp.StandardCheckpointHandler(), "loop": ocp.JsonCheckpointHandler()}
+    self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())

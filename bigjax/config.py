@@ -117,7 +117,7 @@ def _override(config, overrides):
   values = flags.FlagValues()
   argv = ["bigjax", *overrides]
   try:
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv, accept_new_attributes=True)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv, lock_config=False, accept_new_attributes=True)
     rest = values(argv)[1:]
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError) as e:
     raise UserError(f"{' '.join(overrides)}: {e}") from e

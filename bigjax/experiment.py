@@ -22,8 +22,15 @@ from bigjax.data import ops, pipeline
 from bigjax.errors import UserError
 from bigjax.schedules import Duration
 
-EMPTY: Mapping[str, Any] = {}
 Regex = str
+
+
+def preprocess(value: str, where: str) -> None:
+  """Checks a string of ops."""
+  try:
+    ops.parse(value)
+  except UserError as e:
+    raise UserError(f"{where}: {e}") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +38,7 @@ class DataConfig:
   """Where examples come from and what is done to them."""
 
   source: Annotated[Component, "data"]  # dict(name="arrays", ...): one of bigjax/data/.
-  preprocess: Annotated[str, lambda value, where: _parse_ops(value, where)] = ""  # "decode|flip_lr|value_range(-1,1)".
+  preprocess: Annotated[str, preprocess] = ""  # "decode|flip_lr|value_range(-1,1)".
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,13 +144,6 @@ class TrainConfig:
 OBSERVING = ("evals", "log_every", "checkpoint_every", "keep", "early_stop", "writers", "claim", "mesh", "sharding")
 
 
-def _parse_ops(value, where):
-  try:
-    ops.parse(value)
-  except UserError as e:
-    raise UserError(f"{where}: {e}") from None
-
-
 @dataclasses.dataclass(frozen=True)
 class Stream:
   """A source and what is done to its examples."""
@@ -181,8 +181,9 @@ class Experiment:
   def total_steps(self) -> int:
     return self.clock.total_steps
 
-  def steps(self, duration: Duration) -> int:
-    return max(1, self.clock.steps(duration))
+  def steps(self, duration: Duration, where: str) -> int:
+    """Returns a cadence in steps, at least 1."""
+    return max(1, self.clock.steps(duration, where))
 
   def init(self, key: jax.Array) -> states.TrainState:
     """Returns the first state, made in place on its devices."""
@@ -195,7 +196,7 @@ class Experiment:
 
   def keep(self) -> checkpoint.Keep:
     keep = self.config.keep
-    every = None if keep.every is None else self.steps(keep.every)
+    every = None if keep.every is None else self.steps(keep.every, "config.keep.every")
     return checkpoint.Keep(last=keep.last, every=every, best=keep.best, mode=keep.mode)
 
 
@@ -246,12 +247,8 @@ def _check_sizes(config, mesh):
 
 
 def _clock(config, data, batch):
-  tokens = batch["tokens"].shape[-1] - 1 if "tokens" in batch else None
-  clock = schedules.Clock(0, config.batch_size, len(data.source), tokens)
-  total = clock.steps(config.total_steps)
-  if total < 1:
-    raise UserError(f"config.total_steps: {config.total_steps!r} is less than one step.")
-  return dataclasses.replace(clock, total_steps=total)
+  tokens = batch["tokens"].shape[-1] - 1 if "tokens" in batch else None  # The last one is only predicted.
+  return schedules.Clock.of(config.total_steps, config.batch_size, len(data.source), tokens)
 
 
 def _schedules(schedule: Component | tuple, clock) -> Callable | tuple:

@@ -59,10 +59,13 @@ def _load(name):
 
 
 def _quiet():
-  """Settings that TensorFlow and XLA read when they are first imported, unless the person set them."""
+  """What libraries log is for their authors; a person set otherwise by these variables is left alone."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+  from absl import logging
+
+  logging.set_verbosity(logging.ERROR)
 
 
 if __name__ == "__main__":

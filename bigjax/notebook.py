@@ -13,7 +13,7 @@ from flax import nnx
 
 from bigjax import config as configs
 from bigjax import experiment, record
-from bigjax import train as loop
+from bigjax import train
 from bigjax.checkpoint import Checkpoints
 from bigjax.errors import UserError
 from bigjax.state import TrainState
@@ -46,11 +46,11 @@ def resolve(config: Any) -> experiment.TrainConfig:
   return configs.resolve(config, experiment.TrainConfig)
 
 
-def train(config: Any, workdir: str) -> Loaded:
+def run(config: Any, workdir: str) -> Loaded:
   """Trains `config` (as `resolve` takes it) in `workdir`, or goes on there, and returns the run."""
   from bigjax.commands.train import after
 
-  after(workdir, loop.train(resolve(config), workdir))
+  after(workdir, train.train(resolve(config), workdir))
   return load(workdir)
 
 

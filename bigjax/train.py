@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigjax import best, config as configs, initialise, metrics, overview, record, sharding
+from bigjax import config as configs
+from bigjax import initialise, metrics, overview, record, sharding
 from bigjax import state as states
+from bigjax.best import Watch
 from bigjax.checkpoint import Checkpoints
 from bigjax.data import pipeline
 from bigjax.errors import UserError
@@ -41,7 +43,7 @@ def train(config: TrainConfig, workdir: str) -> str:
     checkpoints = stack.enter_context(Checkpoints(workdir, run.keep()))
     state, loop = start(run, checkpoints)
     first = int(state.step)
-    watch = Watch.of(config, loop)
+    watch = Watch.of(config.keep, config.early_stop, config.evals, loop)
 
     batches = stack.enter_context(train_batches(run, first))
     evals = {name: Evaluation.of(run, name, e) for name, e in config.evals.items()}
@@ -52,7 +54,8 @@ def train(config: TrainConfig, workdir: str) -> str:
     step_fn = make_step(run)
     key = jax.device_put(jax.random.fold_in(jax.random.key(config.seed), 1), sharding.replicated(run.mesh))
     logger = Logger(writers, progress)
-    log_every, checkpoint_every = run.steps(config.log_every), run.steps(config.checkpoint_every)
+    log_every = run.steps(config.log_every, "config.log_every")
+    checkpoint_every = run.steps(config.checkpoint_every, "config.checkpoint_every")
     status = "finished"
 
     for step in range(first + 1, run.total_steps + 1):
@@ -138,8 +141,8 @@ def make_step(run: Experiment):
     again = lambda params, _=None: mean_and_grads(params, state.extras, batch, key)[0]
     updates, opt_state = tx.update(grads, state.opt_state, state.params, value=means["loss"], grad_fn=again)
     params = optax.apply_updates(state.params, updates)
-    measured = means | {f"learning_rate{n}": rate(state.step) for n, rate in run.optimizer.learning_rates.items()}
-    measured |= {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+    rates = {f"learning_rate{name}": rate for name, rate in run.optimizer.rates(opt_state, state.step).items()}
+    measured = means | rates | {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
     return states.TrainState(state.step + 1, params, extras, opt_state), measured
 
   return step
@@ -216,7 +219,7 @@ class Evaluation:
     extra = {k: batches(d) for k, d in config.extra_data.items()}
     evaluator = config.evaluator(predict=run.predict, batches=batches(config.data), **extra)
     views = {view: jax.jit(of) for view, of in run.optimizer.views.items()}
-    return cls(name, run.steps(config.every), evaluator, views)
+    return cls(name, run.steps(config.every, f"config.evals.{name}.every"), evaluator, views)
 
   def run(self, state: states.TrainState) -> dict[str, Any]:
     """Returns every measurement by name, `val/accuracy`, and those of a view as `val/ema/accuracy`."""
@@ -256,44 +259,6 @@ class Logger:
           f"The loss is {values['loss']} at step {step} (gradient norm {values['grad_norm']}). "
           "Try a lower peak of config.schedule, a longer warmup, or config.clip; the last checkpoint is intact."
       )
-
-
-@dataclasses.dataclass(frozen=True)
-class Watch:
-  """The best values that decide what is kept and when to stop early."""
-
-  keep: best.Best | None = None
-  stop: best.Best | None = None
-  patience: int = 0
-
-  @classmethod
-  def of(cls, config: TrainConfig, saved: Mapping[str, Any]) -> Watch:
-    keep, stop = config.keep, config.early_stop
-    for where, metric in [("keep.best", keep.best), ("early_stop.metric", stop and stop.metric)]:
-      if metric and metric.split("/")[0] not in config.evals:
-        raise UserError(f"config.{where}: {metric!r} is no metric of config.evals ({', '.join(config.evals) or 'none'}).")
-    return cls(
-        keep=best.Best(keep.best, keep.mode).restored(saved.get("keep")) if keep.best else None,
-        stop=best.Best(stop.metric, stop.mode, stop.min_delta).restored(saved.get("stop")) if stop else None,
-        patience=stop.patience if stop else 0,
-    )
-
-  def seen(self, step: int, measurements: Mapping[str, Any]) -> Watch:
-    after = lambda b: None if b is None else b.seen(step, measurements)
-    return dataclasses.replace(self, keep=after(self.keep), stop=after(self.stop))
-
-  @property
-  def tired(self) -> bool:
-    return self.stop is not None and self.stop.waited >= self.patience
-
-  def improved_at(self, step: int) -> bool:
-    return self.keep is not None and self.keep.step == step
-
-  def metric_at(self, step: int) -> float | None:
-    return self.keep.value if self.improved_at(step) else None
-
-  def to_json(self) -> dict[str, Any]:
-    return {k: dataclasses.asdict(v) for k, v in (("keep", self.keep), ("stop", self.stop)) if v is not None}
 
 
 class Interrupt:

@@ -1,0 +1,264 @@
+"""One experiment end to end: exact resume, sums and weights, what the loop keeps and when it stops."""
+
+import copy
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigjax import config as configs
+from bigjax import experiment, record, train
+from bigjax.errors import UserError
+
+TINY = dict(
+    total_steps=12,
+    batch_size=16,
+    data=dict(source=dict(name="synthetic", kind="images", num_examples=40, shape=(4, 4, 1), num_classes=3), preprocess="random_shift(1)"),
+    model=dict(name="mlp", in_features=16, widths=(8,), num_outputs=3, dropout=0.2),
+    task=dict(name="classification"),
+    optimizer=dict(name="adamw"),
+    schedule=dict(name="cosine", peak=1e-2, warmup="10%"),
+    decay=[(".*kernel", 0.1)],
+    clip=dict(norm=1.0),
+    ema=0.9,
+    log_every=1,
+    checkpoint_every=4,
+    writers=("jsonl",),
+    evals=dict(
+        val=dict(
+            evaluator=dict(name="classification", num_classes=3),
+            data=dict(source=dict(name="synthetic", kind="images", num_examples=21, shape=(4, 4, 1), num_classes=3)),
+            every=4,
+            batch_size=8,
+        )
+    ),
+)
+
+
+def tiny(**changes):
+  config = copy.deepcopy(TINY) | changes
+  return configs.resolve(config, experiment.TrainConfig)
+
+
+def final(workdir, config):
+  run = experiment.build(config)
+  with train.Checkpoints(workdir, read_only=True) as checkpoints:
+    state, loop = checkpoints.restore(run.abstract, run.shardings)
+  return jax.device_get(state), loop
+
+
+def rows(workdir):
+  with open(os.path.join(workdir, "metrics.jsonl")) as f:
+    return [json.loads(line) for line in f]
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+class StopAfter:
+  """Sends this process a SIGTERM while step `step` is being logged, as a preempted machine would."""
+
+  def __init__(self, monkeypatch, step):
+    original = train.Logger.step
+
+    def logged(self, at, measured):
+      original(self, at, measured)
+      if at == step:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Logger, "step", logged)
+
+
+def test_a_run_learns_and_says_what_it_did(tmp_path):
+  config = tiny(total_steps=60, data=TINY["data"] | {"preprocess": ""})
+  assert train.train(config, str(tmp_path)) == "finished"
+  found = rows(tmp_path)
+  losses = [r["loss"] for r in found if "loss" in r]
+  assert len(losses) == 60 and losses[-1] < losses[0] / 2
+  last = [r for r in found if "val/accuracy" in r][-1]
+  assert last["step"] == 60 and last["val/accuracy"] > 0.9 and "val/ema/accuracy" in last
+  run = record.read_run(str(tmp_path))
+  assert run["status"] == "finished" and run["parameter_count"] == 16 * 8 + 8 + 8 * 3 + 3
+  assert run["versions"]["jax"] == jax.__version__
+  assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(configs.describe(config)))
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 11])
+def test_a_run_stopped_anywhere_and_resumed_is_bitwise_the_same(tmp_path, monkeypatch, stop_at):
+  whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+  train.train(tiny(), whole)
+  with monkeypatch.context() as patch:
+    StopAfter(patch, stop_at)
+    assert train.train(tiny(), parts) == "stopped"
+  assert record.read_run(parts)["status"] == "stopped"
+  assert final(parts, tiny())[0].step == stop_at
+  assert train.train(tiny(), parts) == "finished"
+  assert_equal(final(whole, tiny()), final(parts, tiny()))
+  assert rows(whole) == rows(parts)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_bitwise(tmp_path, monkeypatch):
+  whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+  train.train(tiny(), whole)
+  original = train.Logger.step
+
+  def killed(self, step, measured):
+    original(self, step, measured)
+    if step == 7:
+      raise RuntimeError("pulled the plug")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Logger, "step", killed)
+    with pytest.raises(RuntimeError, match="plug"):
+      train.train(tiny(), parts)
+  train.train(tiny(), parts)
+  assert_equal(final(whole, tiny()), final(parts, tiny()))
+  assert rows(whole) == rows(parts)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+  train.train(tiny(), str(tmp_path))
+  before = rows(tmp_path)
+  assert train.train(tiny(), str(tmp_path)) == "finished"
+  assert rows(tmp_path) == before
+
+
+@pytest.mark.parametrize("mesh_and_rules", [((("data", 1), ("tensor", 8)), ((".*hidden.*kernel", "split(tensor,-1)"), (".*", "replicate"))), ((("data", -1),), ((".*", "fsdp(data,8)"),))])
+def test_the_mesh_does_not_change_what_is_learned(tmp_path, mesh_and_rules):
+  mesh, rules = mesh_and_rules
+  plain = tiny(data=TINY["data"] | {"preprocess": ""})
+  other = tiny(data=TINY["data"] | {"preprocess": ""}, mesh=mesh, sharding=rules if "hidden" not in rules[0][0] else ((".*", "replicate"),))
+  train.train(plain, str(tmp_path / "a"))
+  train.train(other, str(tmp_path / "b"))
+  a, b = rows(tmp_path / "a"), rows(tmp_path / "b")
+  np.testing.assert_allclose([r["loss"] for r in a if "loss" in r], [r["loss"] for r in b if "loss" in r], rtol=2e-5)
+
+
+def test_a_checkpoint_restores_on_another_mesh(tmp_path):
+  train.train(tiny(), str(tmp_path))
+  fsdp = tiny(sharding=((".*", "fsdp(data,8)"),))
+  assert_equal(final(str(tmp_path), tiny())[0], final(str(tmp_path), fsdp)[0])
+
+
+def one_step(config, batch):
+  run = experiment.build(config)
+  state, measured = train.make_step(run)(run.init(jax.random.key(0)), batch, jax.random.key(1))
+  return jax.device_get((state.params, measured))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_is_the_large_batch_with_padding_and_uneven_weights(parts):
+  changes = dict(batch_size=32, optimizer=dict(name="sgd"), schedule=dict(name="constant", peak=1.0), clip=None, ema=None, decay=[])
+  changes |= dict(model=TINY["model"] | {"dropout": 0.0}, task=dict(name="classification", class_weights=(1.0, 5.0, 0.25)), mesh=(("data", 1), ("tensor", 8)))
+  rng = np.random.default_rng(0)
+  batch = {
+      "image": jnp.asarray(rng.normal(size=(32, 4, 4, 1)), jnp.float32),
+      "label": jnp.asarray(rng.integers(3, size=32), jnp.int32),
+      "mask": jnp.asarray(np.arange(32) < 19, jnp.float32),
+  }
+  whole, measured = one_step(tiny(**changes), batch)
+  split, measured_split = one_step(tiny(**changes, accumulate=parts), batch)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, split)
+  np.testing.assert_allclose(measured["loss"], measured_split["loss"], rtol=1e-6)
+
+
+def test_the_step_compiles_once(tmp_path, monkeypatch):
+  steps = []
+  original = train.make_step
+  monkeypatch.setattr(train, "make_step", lambda run: steps.append(original(run)) or steps[-1])
+  train.train(tiny(), str(tmp_path))
+  assert steps[0]._cache_size() == 1
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
+  config = tiny(total_steps=20, keep=dict(last=1, best="val/loss", mode="max"), checkpoint_every=4)
+  train.train(config, str(tmp_path))
+  values = {r["step"]: r["val/loss"] for r in rows(tmp_path) if "val/loss" in r}
+  best = max(values, key=values.get)
+  with train.Checkpoints(str(tmp_path), read_only=True) as checkpoints:
+    assert checkpoints.steps() == sorted({best, 20})
+
+
+def test_early_stopping_waits_its_patience_and_survives_a_resume(tmp_path, monkeypatch):
+  stop = dict(metric="val/accuracy", mode="max", patience=2, min_delta=1.0)  # No accuracy gains more than 1.
+  config = tiny(total_steps=100, early_stop=stop)
+  assert train.train(config, str(tmp_path / "a")) == "stopped early"
+  assert max(r["step"] for r in rows(tmp_path / "a")) == 12  # First seen at 4, then two evaluations without a gain.
+  with monkeypatch.context() as patch:
+    StopAfter(patch, 9)
+    train.train(config, str(tmp_path / "b"))
+  assert train.train(config, str(tmp_path / "b")) == "stopped early"
+  assert rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
+def test_evaluating_a_checkpoint_gives_what_training_wrote(tmp_path):
+  train.train(tiny(), str(tmp_path))
+  step, found = train.evaluate(tiny(), str(tmp_path))
+  written = [r for r in rows(tmp_path) if r["step"] == step and "val/loss" in r][-1]
+  assert step == 12 and {k: v for k, v in found.items()} == {k: v for k, v in written.items() if k.startswith("val/")}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(tmp_path):
+  config = tiny(schedule=dict(name="constant", peak=1e38), optimizer=dict(name="sgd"), clip=None, log_every=1, checkpoint_every=1)
+  with pytest.raises(FloatingPointError, match="config.clip"):
+    train.train(config, str(tmp_path))
+  assert rows(tmp_path)
+
+
+def test_init_from_takes_what_the_rules_name(tmp_path):
+  train.train(tiny(), str(tmp_path / "a"))
+  source = final(str(tmp_path / "a"), tiny())[0].params
+  init = dict(workdir=str(tmp_path / "a"))
+  run = experiment.build(tiny(init_from=init, seed=7))
+  state = train.initialise.from_config(run, run.init(jax.random.key(7)))
+  assert_equal(jax.device_get(state.params), source)
+  with pytest.raises(UserError, match="give it a rule with None"):
+    run = experiment.build(tiny(init_from=init, model=TINY["model"] | {"widths": (16,)}))
+    train.initialise.from_config(run, run.init(jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(batch_size=12), "multiple of 8"),
+        (dict(batch_size=16, accumulate=4), "accumulate=4"),
+        (dict(total_steps=0), "config.total_steps"),
+        (dict(model=TINY["model"] | {"in_features": 9}), "config.model"),
+        (dict(task=dict(name="classification", label="lable")), "lable"),
+        (dict(decay=[("nothing", 0.1)]), "config.decay"),
+        (dict(freeze=["nothing"]), "config.freeze"),
+        (dict(keep=dict(best="test/accuracy")), "config.keep.best"),
+        (dict(sharding=[("params.*", "replicate")]), "config.sharding"),
+        (dict(log_every="5 tokens"), "config.log_every"),
+    ],
+)
+def test_what_can_not_work_is_refused_and_nothing_is_trained(tmp_path, changes, words):
+  with pytest.raises(UserError, match=words):
+    train.train(tiny(**changes), str(tmp_path))
+  assert not (tmp_path / "metrics.jsonl").exists() or not rows(tmp_path)
+
+
+def test_a_workdir_of_another_config_is_refused_and_kept(tmp_path):
+  train.train(tiny(), str(tmp_path))
+  before = sorted(p.name for p in tmp_path.rglob("*"))
+  with pytest.raises(UserError, match="seed: 0 -> 1"):
+    train.train(tiny(seed=1), str(tmp_path))
+  assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_what_only_observes_may_change_on_resume(tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    StopAfter(patch, 5)
+    train.train(tiny(), str(tmp_path))
+  assert train.train(tiny(log_every=2, evals={}), str(tmp_path)) == "finished"
+
+
+def test_a_workdir_that_can_not_be_written_is_said_so(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="can't be written"):
+    train.train(tiny(), str(tmp_path / "file" / "run"))
