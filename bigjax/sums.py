@@ -11,16 +11,17 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-  """Sums and weights by name; `loss` is the one that is trained on."""
+  """Sums and weights by name, scalars of float32; `loss` is the one that is trained on."""
 
-  sums: dict[str, Float[Array, ""]]
-  weights: dict[str, Float[Array, ""]]
+  # A pytree holds whatever a transformation puts at its leaves (shapes, shardings, None), hence no array types here.
+  sums: dict
+  weights: dict
 
   @classmethod
   def of(cls, loss: Array, weight: Array | None = None, **metrics: Array) -> Sums:
@@ -31,13 +32,13 @@ class Sums:
     weight = jnp.ones(loss.shape, jnp.float32) if weight is None else jnp.asarray(weight, jnp.float32)
     weight = jnp.broadcast_to(weight.reshape(weight.shape + (1,) * (loss.ndim - weight.ndim)), loss.shape)
     values = {"loss": loss, **metrics}
-    # `where`, not a product alone: a non-finite value on padding must not reach the sum.
-    sums = {k: jnp.where(weight != 0, v.astype(jnp.float32) * weight, 0.0).sum() for k, v in values.items()}
+    # `where` inside the product: a non-finite value on padding must reach neither the sum nor a gradient.
+    sums = {k: (jnp.where(weight != 0, v.astype(jnp.float32), 0.0) * weight).sum() for k, v in values.items()}
     return cls(sums, dict.fromkeys(values, weight.sum()))
 
   def __add__(self, other: Sums) -> Sums:
     return jax.tree.map(jnp.add, self, other)
 
-  def means(self) -> dict[str, Float[Array, ""]]:
+  def means(self) -> dict[str, Array]:
     """Each sum over its weight; 0 where the weight is 0."""
     return {k: v / jnp.where(self.weights[k] == 0, 1.0, self.weights[k]) for k, v in self.sums.items()}
