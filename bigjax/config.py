@@ -218,7 +218,7 @@ def load(kind: str, name: str, where: str = "config") -> Callable[..., Any]:
     if not hasattr(module, "make"):
       raise UserError(f"{where}.name: bigjax/{kind}/{name}.py is no component; it has no make(...).")
     return module.make
-  known = [m.name for m in pkgutil.iter_modules(package.__path__)]
+  known = _components(package)
   if kind == "optimizers":
     import optax
 
@@ -226,8 +226,16 @@ def load(kind: str, name: str, where: str = "config") -> Callable[..., Any]:
     if found is not None and callable(found):
       return found
     known += [n for m in (optax, optax.contrib) for n, f in vars(m).items() if _is_optimizer(f)]
-  known = [n for n in known if kind != "models" or n != "layers"]
   raise UserError(f"{where}.name: there is no {kind.removesuffix('s')} {name!r}.{suggest(name, known)}")
+
+
+def _components(package):
+  """Names of the files of a kind that have a `make`; those that only share code have none."""
+  names = []
+  for module in (m for m in pkgutil.iter_modules(package.__path__) if not m.ispkg):
+    with open(os.path.join(module.module_finder.path, module.name + ".py"), encoding="utf-8") as f:
+      names += [module.name] if "\ndef make(" in f.read() else []
+  return names
 
 
 def _is_optimizer(f):

@@ -6,14 +6,16 @@ that can't take the batch, a size no device count divides, a rule that matches n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bigjax import checkpoint, schedules, sharding, updates
 from bigjax import state as states
@@ -124,6 +126,7 @@ class TrainConfig:
   lr_multipliers: tuple[tuple[Regex, float], ...] = ()
   freeze: tuple[Regex, ...] = ()
   ema: float | None = None  # Decay of an average of the parameters, evaluated beside them.
+  ema_warmup: bool = False  # The decay is at most (1 + t) / (10 + t) at update t, so that the start is soon forgotten.
   accumulate: int = 1  # Parts a batch is computed in; the update is that of the whole.
 
   # Where it runs.
@@ -174,6 +177,7 @@ class Experiment:
   model: states.Model
   task: Any
   optimizer: updates.Optimizer
+  outputs: Mapping[str, jax.ShapeDtypeStruct]  # What the task predicts of a batch.
   abstract: states.TrainState  # Shapes of the state.
   shardings: states.TrainState  # Layout of the state.
 
@@ -193,6 +197,14 @@ class Experiment:
   def predict(self, state: states.TrainState, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """What the model says of a batch; pure, for use under `jit`."""
     return self.task.predict(self.model.bind(state.params, state.extras), batch)
+
+  def checked(self, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """Passes NumPy batches on, through the task's `check` if it has one."""
+    check = getattr(self.task, "check", lambda batch, outputs: None)
+    with contextlib.closing(batches):
+      for batch in batches:
+        check(batch, self.outputs)
+        yield batch
 
   def keep(self) -> checkpoint.Keep:
     keep = self.config.keep
@@ -218,12 +230,13 @@ def build(config: TrainConfig) -> Experiment:
       lr_multipliers=config.lr_multipliers,
       freeze=config.freeze,
       ema=config.ema,
+      ema_warmup=config.ema_warmup,
   )
-  _check_model(model, task, params, extras, batch)
+  outputs = _trace(model, task, params, extras, dict(batch))
   opt_state = jax.eval_shape(optimizer.tx.init, params)
   abstract = states.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, extras, opt_state)
   shardings = sharding.shard_tree(abstract, config.sharding, mesh)
-  return Experiment(config, mesh, data, batch, clock, model, task, optimizer, abstract, shardings)
+  return Experiment(config, mesh, data, batch, clock, model, task, optimizer, outputs, abstract, shardings)
 
 
 def _check_sizes(config, mesh):
@@ -257,14 +270,16 @@ def _schedules(schedule: Component | tuple, clock) -> Callable | tuple:
   return tuple((regex, None if s is None else s(clock)) for regex, s in schedule)
 
 
-def _check_model(model, task, params, extras, batch):
-  """Traces the loss on shapes alone: a model that can't take the batch is found here, in the words of both."""
+def _trace(model, task, params, extras, batch):
+  """Traces loss and prediction on shapes alone: a model that can't take the batch is found here, in the words of both."""
 
-  def loss(params, extras, batch, key):
-    return task.loss(model.bind(params, extras), batch, key=key)
+  def loss_and_outputs(params, extras, batch, key):
+    module = model.bind(params, extras)
+    task.loss(module, batch, key=key)
+    return task.predict(model.bind(params, extras), batch)
 
   try:
-    jax.eval_shape(loss, params, extras, dict(batch), jax.eval_shape(lambda: jax.random.key(0)))
+    return jax.eval_shape(loss_and_outputs, params, extras, batch, jax.eval_shape(lambda: jax.random.key(0)))
   except UserError:
     raise
   except KeyError as e:

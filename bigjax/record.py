@@ -40,7 +40,7 @@ def open_workdir(workdir: str, described: Mapping[str, Any], free: Sequence[str]
   except OSError as e:
     raise UserError(f"--workdir={workdir} can't be written: {e.strerror}. Name a directory of yours with space left.") from e
   file = os.path.join(workdir, "config.json")
-  if os.path.exists(file):
+  if os.path.exists(file) and _has_results(workdir):
     changes = [c for c in configs.diff(read_config(workdir), described) if c[0].split(".")[0] not in free]
     if changes:
       lines = "\n".join(f"  {k}: {_show(a)} -> {_show(b)}" for k, a, b in changes[:20])
@@ -48,9 +48,15 @@ def open_workdir(workdir: str, described: Mapping[str, Any], free: Sequence[str]
           f"--workdir={workdir} holds the run of another config (there -> here):\n{lines}\n"
           "Name another --workdir, or start from that run's parameters with config.init_from."
       )
-  elif os.path.isdir(os.path.join(workdir, "checkpoints")):
-    raise UserError(f"--workdir={workdir} has checkpoints but no config.json to tell whose; name another --workdir.")
+  elif _has_results(workdir):
+    raise UserError(f"--workdir={workdir} has a run's files but no config.json to tell whose; name another --workdir.")
   write_json(file, described)
+
+
+def _has_results(workdir):
+  """A run that was refused or fell over before it made anything holds nothing that could be lost."""
+  metrics, checkpoints = os.path.join(workdir, "metrics.jsonl"), os.path.join(workdir, "checkpoints")
+  return (os.path.exists(metrics) and os.path.getsize(metrics) > 0) or bool(os.path.isdir(checkpoints) and os.listdir(checkpoints))
 
 
 def _show(value):

@@ -174,22 +174,18 @@ def is_due(step: int, every: int, *, last: int) -> bool:
   return step % every == 0 or step == last
 
 
-@contextlib.contextmanager
-def train_batches(run: Experiment, first: int) -> Iterator[Iterator[dict[str, jax.Array]]]:
+def train_batches(run: Experiment, first: int) -> pipeline.Ahead:
   """Batches on the devices, from that of step `first` on."""
-  config = run.config
-  with contextlib.closing(
-      pipeline.train_batches(
-          run.data.source,
-          batch_size=config.batch_size,
-          seed=config.seed,
-          preprocess=run.data.preprocess,
-          start_step=first,
-          host=jax.process_index(),
-          hosts=jax.process_count(),
-      )
-  ) as batches:
-    yield pipeline.to_device(batches, sharding.batch_sharding(run.mesh))
+  batches = pipeline.train_batches(
+      run.data.source,
+      batch_size=run.config.batch_size,
+      seed=run.config.seed,
+      preprocess=run.data.preprocess,
+      start_step=first,
+      host=jax.process_index(),
+      hosts=jax.process_count(),
+  )
+  return pipeline.to_device(run.checked(batches), sharding.batch_sharding(run.mesh))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,8 +207,8 @@ class Evaluation:
 
       def finite():
         found = pipeline.eval_batches(stream.source, batch_size=size, preprocess=stream.preprocess, **hosts)
-        with contextlib.closing(found):
-          yield from pipeline.to_device(found, sharding.batch_sharding(run.mesh))
+        with pipeline.to_device(found, sharding.batch_sharding(run.mesh)) as on_device:
+          yield from on_device
 
       return finite
 
@@ -223,11 +219,17 @@ class Evaluation:
 
   def run(self, state: states.TrainState) -> dict[str, Any]:
     """Returns every measurement by name, `val/accuracy`, and those of a view as `val/ema/accuracy`."""
-    found = {f"{self.name}/{k}": v for k, v in self.evaluator.run(state)}
+    found = self._named("", state)
     for view, of in self.views.items():
       viewed = dataclasses.replace(state, params=of(state.opt_state, state.params))
-      found |= {f"{self.name}/{view}/{k}": v for k, v in self.evaluator.run(viewed)}
+      found |= self._named(f"{view}/", viewed)
     return found
+
+  def _named(self, view, state):
+    try:
+      return {f"{self.name}/{view}{k}": v for k, v in self.evaluator.run(state)}
+    except UserError as e:
+      raise UserError(str(e).replace("config.evals:", f"config.evals.{self.name}:", 1)) from e
 
 
 class Logger:

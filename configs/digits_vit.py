@@ -20,7 +20,7 @@ def get_config():
   config.batch_size = 64
   config.data = dict(source=digits, preprocess="random_shift(1)|value_range(-1,1,in_max=16)")
   config.model = dict(
-      name="vit", num_classes=10, image_size=8, channels=1, patch_size=2, width=64, depth=4, num_heads=4, mlp_dim=128, dropout=0.1,
+      name="vit", num_classes=10, image_size=8, channels=1, patch_size=2, width=64, depth=4, heads=4, head="gap", mlp_dim=128, dropout=0.1,
   )  # fmt: skip
   config.task = dict(name="classification", label_smoothing=0.1)
   config.optimizer = dict(name="adamw", b2=0.99, weight_decay=0.0)

@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -48,6 +49,10 @@ class Classification:
   def predict(self, module, batch: Mapping) -> dict[str, Array]:
     """Returns `logits` [batch, classes], and `features` [batch, width] where the module has them."""
     return features.outputs(module, features.read(batch, self.inputs, "inputs"))
+
+  def check(self, batch: Mapping[str, np.ndarray], outputs: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Raises `UserError` for a label in a NumPy batch that none of the model's `outputs` stands for."""
+    features.check_range(batch, self.label, max(2, outputs["logits"].shape[-1]))
 
   def _classes(self, logits: Array, label: Array) -> tuple[Array, Array]:
     """Returns logits over at least two classes, and labels as integers [batch] or numbers [batch, classes]."""

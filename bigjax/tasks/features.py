@@ -8,6 +8,7 @@ padding is put to zero before the module sees it.
 from collections.abc import Mapping
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from bigjax.errors import UserError, suggest
@@ -30,6 +31,20 @@ def read(batch: Mapping, name: str, option: str) -> Array:
 def mask(batch: Mapping, like: Array) -> Array:
   """Returns the batch's mask, float32 [batch]; ones where it has none, as when a single example is predicted."""
   return jnp.asarray(batch["mask"], jnp.float32) if "mask" in batch else jnp.ones(like.shape[:1], jnp.float32)
+
+
+def check_range(batch: Mapping[str, np.ndarray], name: str, classes: int) -> None:
+  """Raises `UserError` if an integer feature of a NumPy batch lies outside 0 to classes - 1; padding isn't looked at."""
+  values = np.asarray(batch[name])
+  if not np.issubdtype(values.dtype, np.integer) or not values.size or (values.min() >= 0 and values.max() < classes):
+    return
+  wrong = ((values < 0) | (values >= classes)).reshape(len(values), -1) & (batch["mask"] != 0)[:, None]
+  if wrong.any():
+    value = values.reshape(len(values), -1)[wrong][0]
+    raise UserError(
+      f"config.data: {name!r} holds {value}, but the model tells {classes} classes apart, 0 to {classes - 1}; "
+      "mend the data, or give config.model as many outputs as there are."
+    )
 
 
 def outputs(module, inputs: Array) -> dict[str, Array]:

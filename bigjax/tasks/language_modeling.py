@@ -3,7 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from bigjax.errors import UserError
@@ -33,6 +35,10 @@ class LanguageModeling:
     if self.label_smoothing or self.z_loss:
       metrics["nll"] = cross_entropy(logits, target)
     return Sums.of(losses, weight=weight, **metrics)
+
+  def check(self, batch: Mapping[str, np.ndarray], outputs: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Raises `UserError` for a token in a NumPy batch that is not in the model's vocabulary."""
+    features.check_range(batch, self.tokens, outputs["logits"].shape[-1])
 
   def predict(self, module, batch: Mapping) -> dict[str, Array]:
     """Returns arrays [batch, time] on the tokens to predict, and `logits` [batch, time, vocabulary].
