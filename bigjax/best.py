@@ -55,9 +55,9 @@ class Watch:
         raise UserError(f"config.{where}: {metric!r} is no metric of config.evals ({', '.join(evals) or 'none'}).")
     stop = early_stop and Best(early_stop.metric, early_stop.mode, early_stop.min_delta)
     return cls(
-        keep=Best(keep.best, keep.mode).restored(saved.get("keep")) if keep.best else None,
-        stop=stop and stop.restored(saved.get("stop")),
-        patience=early_stop.patience if early_stop else 0,
+      keep=Best(keep.best, keep.mode).restored(saved.get("keep")) if keep.best else None,
+      stop=stop and stop.restored(saved.get("stop")),
+      patience=early_stop.patience if early_stop else 0,
     )
 
   def seen(self, step: int, metrics: Mapping[str, Any]) -> Watch:
@@ -65,7 +65,8 @@ class Watch:
     for best in filter(None, (self.keep, self.stop)):
       measured = any(m.startswith(best.metric.split("/")[0] + "/") for m in metrics)
       if measured and best.metric not in metrics:
-        raise UserError(f"{best.metric!r} is watched (config.keep.best or config.early_stop), but its evaluator gives {', '.join(metrics)}.")
+        given = ", ".join(metrics)
+        raise UserError(f"{best.metric!r} is watched (config.keep.best, config.early_stop), but there is only {given}.")
     after = lambda b: b and b.seen(step, metrics)
     return dataclasses.replace(self, keep=after(self.keep), stop=after(self.stop))
 

@@ -43,12 +43,12 @@ class Checkpoints:
     rules += [policies.BestN(get_metric_fn=value, n=1)] if keep.best else []
     self._keep, self._sign = keep, sign
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(rules),
-        best_fn=value if keep.best else None,
-        create=not read_only,
-        read_only=read_only,
-        cleanup_tmp_directories=not read_only,
-        step_format_fixed_length=8,
+      preservation_policy=policies.AnyPreservationPolicy(rules),
+      best_fn=value if keep.best else None,
+      create=not read_only,
+      read_only=read_only,
+      cleanup_tmp_directories=not read_only,
+      step_format_fixed_length=8,
     )
     if read_only and not os.path.isdir(self.directory):
       raise UserError(f"--workdir={workdir} holds no checkpoints; train there first, or name another directory.")
@@ -106,7 +106,9 @@ class Checkpoints:
   def _pick(self, step):
     steps = self.steps()
     if step is not None and step not in steps:
-      raise UserError(f"--step={step}: {self.directory} has checkpoints of steps {', '.join(map(str, steps)) or 'none'}.")
+      raise UserError(
+        f"--step={step}: {self.directory} has checkpoints of steps {', '.join(map(str, steps)) or 'none'}."
+      )
     return step if step is not None else (steps[-1] if steps else None)
 
   def _step_dir(self, step):
@@ -121,17 +123,17 @@ class Checkpoints:
     lines = [f"  - {n}  {show(there[n])}  in the checkpoint only" for n in there if n not in wanted]
     lines += [f"  + {n}  {show(wanted[n])}  in this config only" for n in wanted if n not in there]
     lines += [
-        f"  ! {n}  checkpoint {show(there[n])}, config {show(wanted[n])}"
-        for n in wanted
-        if n in there and there[n] != wanted[n]
+      f"  ! {n}  checkpoint {show(there[n])}, config {show(wanted[n])}"
+      for n in wanted
+      if n in there and there[n] != wanted[n]
     ]
     if lines:
       more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
       raise UserError(
-          f"The checkpoint of step {step} in {self.directory} is not of this config's state:\n"
-          + "\n".join(lines[:20])
-          + more
-          + "\nUse another --workdir, the config it was made with, or config.init_from to take parts of it."
+        f"The checkpoint of step {step} in {self.directory} is not of this config's state:\n"
+        + "\n".join(lines[:20])
+        + more
+        + "\nUse another --workdir, the config it was made with, or config.init_from to take parts of it."
       )
 
 

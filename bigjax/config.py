@@ -2,7 +2,7 @@
 
 A config names components and their arguments; a component's signature is its schema, `TrainConfig` is the schema of the
 rest. Everything is checked here, once, before a device is touched: unknown keys and components, wrong types, missing
-values. What is resolved can be written down whole, defaults included (`describe`), and resolved again to the same thing.
+values. What is resolved can be written down whole (`describe`), defaults included, and resolved again to the same.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from bigjax.errors import UserError, suggest
 
 # Arguments that the program passes itself, which a config therefore can't.
 GIVEN = {
-    "models": ("rngs",),
-    "schedules": ("clock",),
-    "optimizers": ("learning_rate",),
-    "evaluators": ("predict", "batches"),
-    "data": (),
-    "tasks": (),
+  "models": ("rngs",),
+  "schedules": ("clock",),
+  "optimizers": ("learning_rate",),
+  "evaluators": ("predict", "batches"),
+  "data": (),
+  "tasks": (),
 }
 
 
@@ -117,7 +117,9 @@ def _override(config, overrides):
   values = flags.FlagValues()
   argv = ["bigjax", *overrides]
   try:
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv, lock_config=False, accept_new_attributes=True)
+    config_flags.DEFINE_config_dict(
+      "config", config, flag_values=values, sys_argv=argv, lock_config=False, accept_new_attributes=True
+    )
     rest = values(argv)[1:]
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError) as e:
     raise UserError(f"{' '.join(overrides)}: {e}") from e
@@ -207,7 +209,11 @@ def load(kind: str, name: str, where: str = "config") -> Callable[..., Any]:
     return _load_dotted(name, where, kind)
   package = importlib.import_module(f"bigjax.{kind}")
   if not hasattr(package, "__path__"):
-    known = {n: f for n, f in vars(package).items() if inspect.isfunction(f) and GIVEN[kind][0] in inspect.signature(f).parameters}
+    known = {
+      n: f
+      for n, f in vars(package).items()
+      if inspect.isfunction(f) and GIVEN[kind][0] in inspect.signature(f).parameters
+    }
     known = {n: f for n, f in known.items() if not n.startswith("_")}
     if name not in known:
       raise UserError(f"{where}.name: there is no {kind.removesuffix('s')} {name!r}.{suggest(name, known)}")
@@ -268,7 +274,7 @@ def _hints(obj):
 
 
 def check(value: Any, hint: Any, where: str) -> Any:
-  """Returns `value` as `hint` wants it (lists become tuples, dicts components or dataclasses), or raises `UserError`."""
+  """Returns `value` as `hint` wants it (lists become tuples, dicts components or dataclasses); else `UserError`."""
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if hasattr(value, "to_dict"):  # A ConfigDict.
     value = value.to_dict()
@@ -318,7 +324,9 @@ def _check_union(value, args, hint, where):
   if value is None and type(None) in args:
     return None
   errors = []
-  for arg in sorted(args, key=lambda a: not (isinstance(a, type) and type(value) is a)):  # 1 stays an int in int | float.
+  for arg in sorted(
+    args, key=lambda a: not (isinstance(a, type) and type(value) is a)
+  ):  # 1 stays an int in int | float.
     try:
       return check(value, arg, where)
     except UserError as e:

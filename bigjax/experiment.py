@@ -51,7 +51,9 @@ class EvalConfig:
   data: DataConfig
   every: Duration = "1 epoch"  # How often; the last step is always measured.
   batch_size: int | None = None  # Examples a batch; None: as in training.
-  extra_data: dict[str, DataConfig] = dataclasses.field(default_factory=dict)  # Further finite streams, by the evaluator's argument.
+  extra_data: dict[str, DataConfig] = dataclasses.field(
+    default_factory=dict
+  )  # Further finite streams, by the evaluator's argument.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,9 @@ class InitConfig:
 
   workdir: str
   step: int | None = None  # None: the last.
-  rules: tuple[tuple[Regex, str | None], ...] = ((".*", r"\g<0>"),)  # (leaf here, its name there, or None: keep the fresh value).
+  rules: tuple[tuple[Regex, str | None], ...] = (
+    (".*", r"\g<0>"),
+  )  # (leaf here, its name there, or None: keep the fresh value).
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,15 +226,15 @@ def build(config: TrainConfig) -> Experiment:
   model, task = states.Model(config.model), config.task()
   params, extras = model.abstract
   optimizer = updates.make(
-      config.optimizer,
-      _schedules(config.schedule, clock),
-      params,
-      clip=None if config.clip is None else dataclasses.asdict(config.clip),
-      decay=config.decay,
-      lr_multipliers=config.lr_multipliers,
-      freeze=config.freeze,
-      ema=config.ema,
-      ema_warmup=config.ema_warmup,
+    config.optimizer,
+    _schedules(config.schedule, clock),
+    params,
+    clip=None if config.clip is None else dataclasses.asdict(config.clip),
+    decay=config.decay,
+    lr_multipliers=config.lr_multipliers,
+    freeze=config.freeze,
+    ema=config.ema,
+    ema_warmup=config.ema_warmup,
   )
   outputs = _trace(model, task, params, extras, dict(batch))
   opt_state = jax.eval_shape(optimizer.tx.init, params)
@@ -246,16 +250,16 @@ def _check_sizes(config, mesh):
   ways = sharding.batch_ways(mesh)
   sizes = {"config.batch_size": (config.batch_size, math.lcm(ways * config.accumulate, jax.process_count()))}
   sizes |= {
-      f"config.evals.{n}.batch_size": (e.batch_size or config.batch_size, math.lcm(ways, jax.process_count()))
-      for n, e in config.evals.items()
+    f"config.evals.{n}.batch_size": (e.batch_size or config.batch_size, math.lcm(ways, jax.process_count()))
+    for n, e in config.evals.items()
   }
   for where, (size, parts) in sizes.items():
     if size % parts:
       near = max(parts, size // parts * parts)
       raise UserError(
-          f"{where}: {size} examples can't be split evenly over {ways} data-parallel devices"
-          + (f" times accumulate={config.accumulate}" if parts != ways else "")
-          + f"; use a multiple of {parts}, such as {near} or {near + parts}."
+        f"{where}: {size} examples can't be split evenly over {ways} data-parallel devices"
+        + (f" times accumulate={config.accumulate}" if parts != ways else "")
+        + f"; use a multiple of {parts}, such as {near} or {near + parts}."
       )
 
 
@@ -271,7 +275,7 @@ def _schedules(schedule: Component | tuple, clock) -> Callable | tuple:
 
 
 def _trace(model, task, params, extras, batch):
-  """Traces loss and prediction on shapes alone: a model that can't take the batch is found here, in the words of both."""
+  """Traces loss and prediction on shapes alone: a model that can't take the batch is found here."""
 
   def loss_and_outputs(params, extras, batch, key):
     module = model.bind(params, extras)

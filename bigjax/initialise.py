@@ -59,7 +59,9 @@ def take(params, source: dict[str, np.ndarray], rules, where: str = "config.init
       if there not in source:
         wrong.append(f"{name}: there is no {there!r} in the other run.{suggest(there, source)}")
       elif source[there].shape != leaf.shape:
-        wrong.append(f"{name} {leaf.shape}: {there!r} has shape {source[there].shape}; give it a rule with None to leave it fresh.")
+        wrong.append(
+          f"{name} {leaf.shape}: {there!r} has shape {source[there].shape}; give it a rule with None to leave it fresh."
+        )
       else:
         report.append(f"{name} <- {there}")
         leaf = jax.device_put(np.asarray(source[there], leaf.dtype), leaf.sharding)

@@ -14,13 +14,13 @@ from bigjax import __version__, commands
 from bigjax.errors import UserError, suggest
 
 COMMANDS = {
-    "train": "train a config, or go on where its workdir stopped",
-    "eval": "measure a checkpoint by the config's evaluators",
-    "explain": "every parameter: shape, rule that matched, layout, bytes a device",
-    "diff": "what differs between two configs or workdirs",
-    "repro": "run a workdir again from what it recorded, and compare",
-    "report": "write the report page of a workdir anew",
-    "data": "prepare datasets",
+  "train": "train a config, or go on where its workdir stopped",
+  "eval": "measure a checkpoint by the config's evaluators",
+  "explain": "every parameter: shape, rule that matched, layout, bytes a device",
+  "diff": "what differs between two configs or workdirs",
+  "repro": "run a workdir again from what it recorded, and compare",
+  "report": "write the report page of a workdir anew",
+  "data": "prepare datasets",
 }
 
 

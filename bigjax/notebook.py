@@ -12,8 +12,7 @@ import jax
 from flax import nnx
 
 from bigjax import config as configs
-from bigjax import experiment, record
-from bigjax import train
+from bigjax import experiment, record, train
 from bigjax.checkpoint import Checkpoints
 from bigjax.errors import UserError
 from bigjax.state import TrainState

@@ -38,15 +38,17 @@ def open_workdir(workdir: str, described: Mapping[str, Any], free: Sequence[str]
     with tempfile.TemporaryFile(dir=workdir):
       pass
   except OSError as e:
-    raise UserError(f"--workdir={workdir} can't be written: {e.strerror}. Name a directory of yours with space left.") from e
+    raise UserError(
+      f"--workdir={workdir} can't be written: {e.strerror}. Name a directory of yours with space left."
+    ) from e
   file = os.path.join(workdir, "config.json")
   if os.path.exists(file) and _has_results(workdir):
     changes = [c for c in configs.diff(read_config(workdir), described) if c[0].split(".")[0] not in free]
     if changes:
       lines = "\n".join(f"  {k}: {_show(a)} -> {_show(b)}" for k, a, b in changes[:20])
       raise UserError(
-          f"--workdir={workdir} holds the run of another config (there -> here):\n{lines}\n"
-          "Name another --workdir, or start from that run's parameters with config.init_from."
+        f"--workdir={workdir} holds the run of another config (there -> here):\n{lines}\n"
+        "Name another --workdir, or start from that run's parameters with config.init_from."
       )
   elif _has_results(workdir):
     raise UserError(f"--workdir={workdir} has a run's files but no config.json to tell whose; name another --workdir.")
@@ -56,7 +58,9 @@ def open_workdir(workdir: str, described: Mapping[str, Any], free: Sequence[str]
 def _has_results(workdir):
   """A run that was refused or fell over before it made anything holds nothing that could be lost."""
   metrics, checkpoints = os.path.join(workdir, "metrics.jsonl"), os.path.join(workdir, "checkpoints")
-  return (os.path.exists(metrics) and os.path.getsize(metrics) > 0) or bool(os.path.isdir(checkpoints) and os.listdir(checkpoints))
+  return (os.path.exists(metrics) and os.path.getsize(metrics) > 0) or bool(
+    os.path.isdir(checkpoints) and os.listdir(checkpoints)
+  )
 
 
 def _show(value):
@@ -81,15 +85,15 @@ def start(workdir: str, described: Mapping[str, Any], **facts: Any) -> None:
   starts = read_run(workdir).get("starts", [])
   command = [os.path.basename(sys.argv[0]) if i == 0 else a for i, a in enumerate(sys.argv)]
   run = {
-      "command": command,
-      "config_hash": configs.digest(described),
-      "git": git_state(),
-      "versions": versions(),
-      "python": platform.python_version(),
-      "starts": [*starts, now()],
-      "started": starts[0] if starts else now(),
-      "status": "running",
-      **facts,
+    "command": command,
+    "config_hash": configs.digest(described),
+    "git": git_state(),
+    "versions": versions(),
+    "python": platform.python_version(),
+    "starts": [*starts, now()],
+    "started": starts[0] if starts else now(),
+    "status": "running",
+    **facts,
   }
   write_json(file, run)
 
@@ -100,6 +104,7 @@ def finish(workdir: str, status: str, **facts: Any) -> None:
 
 
 def read_run(workdir: str) -> dict[str, Any]:
+  """Returns run.json; empty where there is none."""
   try:
     with open(os.path.join(workdir, "run.json"), encoding="utf-8") as f:
       return json.load(f)
@@ -123,7 +128,9 @@ def git_state() -> dict[str, Any]:
   here = os.path.dirname(os.path.abspath(__file__))
 
   def git(*args):
-    return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    return subprocess.run(
+      ["git", "-C", here, *args], capture_output=True, text=True, timeout=20, check=True
+    ).stdout.strip()
 
   try:
     return {"commit": git("rev-parse", "HEAD"), "changed_files": git("status", "--porcelain").splitlines()[:50]}
@@ -132,6 +139,7 @@ def git_state() -> dict[str, Any]:
 
 
 def now() -> str:
+  """Returns the time in UTC, to the second."""
   return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 

@@ -36,8 +36,8 @@ def make_mesh(axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | N
   known = math.prod(s for s in sizes if s != -1)
   if len(devices) % known or (-1 not in sizes and known != len(devices)):
     raise UserError(
-        f"config.mesh: {dict(axes)} does not make up the {len(devices)} devices there are; "
-        f"the sizes must multiply to {len(devices)}, or leave one -1 and let the others divide it."
+      f"config.mesh: {dict(axes)} does not make up the {len(devices)} devices there are; "
+      f"the sizes must multiply to {len(devices)}, or leave one -1 and let the others divide it."
     )
   sizes = [len(devices) // known if s == -1 else s for s in sizes]
   return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
@@ -104,6 +104,7 @@ def _apply(strategy, shape, mesh):
 
 
 def replicated(mesh) -> NamedSharding:
+  """A whole copy on every device."""
   return NamedSharding(mesh, P())
 
 

@@ -1,7 +1,7 @@
 """What training changes, as one pytree of plain dicts, and the functional face of an NNX module.
 
-A module is an object while it is built and while it is called. What crosses `jax.jit` is dicts of arrays, whose dispatch
-costs what it would without NNX. This is the only file that takes modules apart.
+A module is an object while it is built and while it is called. What crosses `jax.jit` is dicts of arrays, whose
+dispatch costs what it would without NNX. This is the only file that takes modules apart.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -46,8 +46,10 @@ def train(config: TrainConfig, workdir: str) -> str:
     watch = Watch.of(config.keep, config.early_stop, config.evals, loop)
 
     batches = stack.enter_context(train_batches(run, first))
-    evals = {name: Evaluation.of(run, name, e) for name, e in config.evals.items()}
-    writers = stack.enter_context(metrics.Writers(workdir, config.writers, resume_step=first, primary=jax.process_index() == 0))
+    evals = [Evaluation.of(run, name, e) for name, e in config.evals.items()]
+    writers = stack.enter_context(
+      metrics.Writers(workdir, config.writers, resume_step=first, primary=jax.process_index() == 0)
+    )
     progress = stack.enter_context(metrics.Progress(run.total_steps, first, config.batch_size))
     interrupt = stack.enter_context(Interrupt())
 
@@ -67,7 +69,7 @@ def train(config: TrainConfig, workdir: str) -> str:
       logger.step(step, measured if due(log_every) else None)
 
       measurements = {}
-      for name, evaluation in evals.items():
+      for evaluation in evals:
         if due(evaluation.every):
           with progress.pause("eval"):
             measurements |= evaluation.run(state)
@@ -171,26 +173,27 @@ def accumulate(grad_fn, parts: int):
 
 
 def is_due(step: int, every: int, *, last: int) -> bool:
+  """Whether something done `every` so many steps is done at `step`; at the last it always is."""
   return step % every == 0 or step == last
 
 
 def train_batches(run: Experiment, first: int) -> pipeline.Ahead:
   """Batches on the devices, from that of step `first` on."""
   batches = pipeline.train_batches(
-      run.data.source,
-      batch_size=run.config.batch_size,
-      seed=run.config.seed,
-      preprocess=run.data.preprocess,
-      start_step=first,
-      host=jax.process_index(),
-      hosts=jax.process_count(),
+    run.data.source,
+    batch_size=run.config.batch_size,
+    seed=run.config.seed,
+    preprocess=run.data.preprocess,
+    start_step=first,
+    host=jax.process_index(),
+    hosts=jax.process_count(),
   )
   return pipeline.to_device(run.checked(batches), sharding.batch_sharding(run.mesh))
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """An evaluator with its data and cadence; it measures the parameters and every other view of them, such as the EMA."""
+  """An evaluator with its data and cadence; it measures the parameters and other views of them, such as the EMA."""
 
   name: str
   every: int
@@ -258,8 +261,8 @@ class Logger:
     self._progress.update(step, values)
     if not math.isfinite(values["loss"]):
       raise FloatingPointError(
-          f"The loss is {values['loss']} at step {step} (gradient norm {values['grad_norm']}). "
-          "Try a lower peak of config.schedule, a longer warmup, or config.clip; the last checkpoint is intact."
+        f"The loss is {values['loss']} at step {step} (gradient norm {values['grad_norm']}). "
+        "Try a lower peak of config.schedule, a longer warmup, or config.clip; the last checkpoint is intact."
       )
 
 

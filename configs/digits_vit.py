@@ -11,8 +11,8 @@ import ml_collections
 
 def get_config():
   digits = dict(
-      name="arrays",
-      path="package:sklearn/datasets/data/digits.csv.gz",
+    name="arrays",
+    path="package:sklearn/datasets/data/digits.csv.gz",
   )
   config = ml_collections.ConfigDict()
   config.seed = 0
@@ -28,12 +28,12 @@ def get_config():
   config.decay = [(".*kernel", 0.05)]
   config.clip = dict(norm=1.0)
   config.evals = dict(
-      test=dict(
-          evaluator=dict(name="classification", num_classes=10, confusion=True),
-          data=dict(source=digits, preprocess="value_range(-1,1,in_max=16)"),
-          every="5 epochs",
-          batch_size=120,
-      )
+    test=dict(
+      evaluator=dict(name="classification", num_classes=10, confusion=True),
+      data=dict(source=digits, preprocess="value_range(-1,1,in_max=16)"),
+      every="5 epochs",
+      batch_size=120,
+    )
   )
   config.keep = dict(last=1, best="test/accuracy")
   config.claim = dict(metric="test/accuracy", at_least=0.985, source="RESULTS.md")

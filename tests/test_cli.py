@@ -49,7 +49,16 @@ def test_a_run_ends_with_a_summary_and_where_to_look_next(finished):
   workdir, out, err = finished
   assert "Finished at step 8 of 8" in out and "val/accuracy" in out and "report.html" in out
   assert "WARNING" not in err and "Traceback" not in err
-  for name in ("config.json", "run.json", "parameters.json", "metrics.jsonl", "metrics.csv", "curves.png", "report.html", "checkpoints"):
+  for name in (
+    "config.json",
+    "run.json",
+    "parameters.json",
+    "metrics.jsonl",
+    "metrics.csv",
+    "curves.png",
+    "report.html",
+    "checkpoints",
+  ):
     assert (workdir / name).exists(), name
 
 
@@ -62,8 +71,13 @@ def test_eval_measures_the_last_checkpoint_or_a_named_one(finished):
 
 
 def test_explain_shows_rules_layouts_and_bytes(config):
-  out, _ = bigjax("explain", f"--config={config}", "--devices=4", "--config.sharding=[('.*kernel', 'fsdp(data,8)'), ('.*', 'replicate')]")
-  line = next(l for l in out.splitlines() if l.startswith("params/") and "kernel" in l)
+  out, _ = bigjax(
+    "explain",
+    f"--config={config}",
+    "--devices=4",
+    "--config.sharding=[('.*kernel', 'fsdp(data,8)'), ('.*', 'replicate')]",
+  )
+  line = next(row for row in out.splitlines() if row.startswith("params/") and "kernel" in row)
   assert "16x3" in line and "fsdp" in line and "48 B" in line  # 16 x 3 float32 over 4 devices.
 
 
@@ -83,18 +97,18 @@ def test_repro_runs_it_again_to_the_bit(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--config.modle.width=3"], ["config.modle", "Did you mean 'model'"]),
-        (["--config.model.name=linaer"], ["config.model.name", "Did you mean 'linear'"]),
-        (["--config.batch_size=9"], ["config.batch_size", "multiple of"]),
-        (["--config.batch_size=many"], ["config.batch_size must be int, not 'many'"]),
-        (["--config.total_steps=5 epoks"], ["config.total_steps", "epochs"]),
-        (["--config.decay=[('.*krenel', 0.1)]"], ["config.decay", ".*krenel"]),
-        (["--config.data.source.name=tfds"], ["config.data.source"]),
-        (["--config.model.num_outputs=2"], ["'label' holds 2"]),
-        (["--config.schedule.peak=-1"], ["peak"]),
-    ],
+  ("flags", "words"),
+  [
+    (["--config.modle.width=3"], ["config.modle", "Did you mean 'model'"]),
+    (["--config.model.name=linaer"], ["config.model.name", "Did you mean 'linear'"]),
+    (["--config.batch_size=9"], ["config.batch_size", "multiple of"]),
+    (["--config.batch_size=many"], ["config.batch_size must be int, not 'many'"]),
+    (["--config.total_steps=5 epoks"], ["config.total_steps", "epochs"]),
+    (["--config.decay=[('.*krenel', 0.1)]"], ["config.decay", ".*krenel"]),
+    (["--config.data.source.name=tfds"], ["config.data.source"]),
+    (["--config.model.num_outputs=2"], ["'label' holds 2"]),
+    (["--config.schedule.peak=-1"], ["peak"]),
+  ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(config, tmp_path, flags, words):
   _, err = bigjax("train", f"--config={config}", f"--workdir={tmp_path / 'run'}", *flags, code=2)
@@ -123,12 +137,27 @@ def test_an_unknown_command_and_a_missing_file_are_said_so(config):
 
 
 def test_a_loss_that_overflows_is_a_fault_of_the_run_with_exit_code_1(config, tmp_path):
-  _, err = bigjax("train", f"--config={config}", f"--workdir={tmp_path}", "--config.schedule.peak=1e38", "--config.task.class_weights=(1e30,1e30,1.0)", code=1)
+  _, err = bigjax(
+    "train",
+    f"--config={config}",
+    f"--workdir={tmp_path}",
+    "--config.schedule.peak=1e38",
+    "--config.task.class_weights=(1e30,1e30,1.0)",
+    code=1,
+  )
   assert "Traceback" not in err and "config.clip" in err
 
 
 def test_sigterm_saves_and_leaves_with_75_and_the_run_goes_on(config, tmp_path):
-  command = [sys.executable, "-m", "bigjax", "train", f"--config={config}", f"--workdir={tmp_path}", "--config.total_steps=1000000"]
+  command = [
+    sys.executable,
+    "-m",
+    "bigjax",
+    "train",
+    f"--config={config}",
+    f"--workdir={tmp_path}",
+    "--config.total_steps=1000000",
+  ]
   with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
     rows = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 90

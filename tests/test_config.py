@@ -34,7 +34,13 @@ def resolve(**config):
 
 
 def test_a_config_resolves_to_frozen_typed_values():
-  found = resolve(size=3, rate=1, rules=[["a", 1], ("b", "l2(1)")], named={"x": {"mode": "min"}}, model=dict(name="mlp", in_features=4, num_outputs=2))
+  found = resolve(
+    size=3,
+    rate=1,
+    rules=[["a", 1], ("b", "l2(1)")],
+    named={"x": {"mode": "min"}},
+    model=dict(name="mlp", in_features=4, num_outputs=2),
+  )
   assert found.rate == 1.0 and isinstance(found.rate, float)
   assert found.rules == (("a", 1.0), ("b", "l2(1)"))
   assert found.named["x"].mode == "min"
@@ -44,27 +50,33 @@ def test_a_config_resolves_to_frozen_typed_values():
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        (dict(size=3, sise=4), ["config.sise", "Did you mean 'size'"]),
-        (dict(), ["config is missing 'size' (int)"]),
-        (dict(size="3"), ["config.size must be int, not '3'"]),
-        (dict(size=True), ["config.size must be int, not True"]),
-        (dict(size=3, inner=dict(evry=3)), ["config.inner.evry", "Did you mean 'every'"]),
-        (dict(size=3, maybe=dict(evry=3)), ["config.maybe.evry", "Did you mean 'every'"]),
-        (dict(size=3, inner=dict(every="3 epoks")), ["config.inner.every", "3 epoks", "epochs"]),
-        (dict(size=3, inner=dict(mode="mx")), ["config.inner.mode must be one of 'max', 'min', not 'mx'"]),
-        (dict(size=3, named=dict(a=dict(mode=1))), ["config.named.a.mode"]),
-        (dict(size=3, rules=[("a",)]), ["config.rules[0] must have 2 entries"]),
-        (dict(size=3, rules="a"), ["config.rules must be a list"]),
-        (dict(size=3, model=dict(name="vitt")), ["config.model.name", "vitt", "Did you mean 'vit'"]),
-        (dict(size=3, model=dict(name="mlp", depht=2)), ["config.model.depht"]),
-        (dict(size=3, model=dict(name="mlp", in_features="x", num_outputs=1)), ["config.model.in_features must be int, not 'x'"]),
-        (dict(size=3, model=dict(name="mlp")), ["config.model (mlp) is missing"]),
-        (dict(size=3, model=dict(name="mlp", in_features=1, num_outputs=1, rngs=0)), ["config.model.rngs", "set by the program"]),
-        (dict(size=3, model=dict(name="no_such_package.model")), ["config.model.name", "no_such_package.model"]),
-        (dict(size=3, model=7), ["config.model", "dict(name="]),
-    ],
+  ("config", "words"),
+  [
+    (dict(size=3, sise=4), ["config.sise", "Did you mean 'size'"]),
+    (dict(), ["config is missing 'size' (int)"]),
+    (dict(size="3"), ["config.size must be int, not '3'"]),
+    (dict(size=True), ["config.size must be int, not True"]),
+    (dict(size=3, inner=dict(evry=3)), ["config.inner.evry", "Did you mean 'every'"]),
+    (dict(size=3, maybe=dict(evry=3)), ["config.maybe.evry", "Did you mean 'every'"]),
+    (dict(size=3, inner=dict(every="3 epoks")), ["config.inner.every", "3 epoks", "epochs"]),
+    (dict(size=3, inner=dict(mode="mx")), ["config.inner.mode must be one of 'max', 'min', not 'mx'"]),
+    (dict(size=3, named=dict(a=dict(mode=1))), ["config.named.a.mode"]),
+    (dict(size=3, rules=[("a",)]), ["config.rules[0] must have 2 entries"]),
+    (dict(size=3, rules="a"), ["config.rules must be a list"]),
+    (dict(size=3, model=dict(name="vitt")), ["config.model.name", "vitt", "Did you mean 'vit'"]),
+    (dict(size=3, model=dict(name="mlp", depht=2)), ["config.model.depht"]),
+    (
+      dict(size=3, model=dict(name="mlp", in_features="x", num_outputs=1)),
+      ["config.model.in_features must be int, not 'x'"],
+    ),
+    (dict(size=3, model=dict(name="mlp")), ["config.model (mlp) is missing"]),
+    (
+      dict(size=3, model=dict(name="mlp", in_features=1, num_outputs=1, rngs=0)),
+      ["config.model.rngs", "set by the program"],
+    ),
+    (dict(size=3, model=dict(name="no_such_package.model")), ["config.model.name", "no_such_package.model"]),
+    (dict(size=3, model=7), ["config.model", "dict(name="]),
+  ],
 )
 def test_what_is_wrong_is_said_with_its_path_and_the_remedy(config, words):
   with pytest.raises(UserError) as error:
@@ -114,28 +126,42 @@ def test_a_schedule_is_a_function_of_its_file():
 def config_file(tmp_path):
   file = tmp_path / "tiny.py"
   file.write_text(
-      "import ml_collections\nfrom bigjax.config import parse_arg\n"
-      "def get_config(arg=None):\n"
-      "  arg = parse_arg(arg, variant='a', width=8, big=False)\n"
-      "  return ml_collections.ConfigDict(dict(size=arg.width, steps='5 epochs', inner=dict(mode=arg.variant, big=arg.big)))\n"
+    "import ml_collections\nfrom bigjax.config import parse_arg\n"
+    "def get_config(arg=None):\n"
+    "  arg = parse_arg(arg, variant='a', width=8, big=False)\n"
+    "  inner = dict(mode=arg.variant, big=arg.big)\n"
+    "  return ml_collections.ConfigDict(dict(size=arg.width, steps='5 epochs', inner=inner))\n"
   )
   return str(file)
 
 
 def test_overrides_go_through_ml_collections_flags(config_file):
-  found = configs.read(config_file, ["--config.size=9", "--config.steps=100", "--config.inner.mode=min", "--config.new=(1, 2)", "--config.inner.big=true"])
+  found = configs.read(
+    config_file,
+    [
+      "--config.size=9",
+      "--config.steps=100",
+      "--config.inner.mode=min",
+      "--config.new=(1, 2)",
+      "--config.inner.big=true",
+    ],
+  )
   assert found.to_dict() == {"size": 9, "steps": 100, "inner": {"mode": "min", "big": True}, "new": (1, 2)}
 
 
 def test_a_config_argument_is_read_by_name_and_by_first_word(config_file):
-  assert configs.read(f"{config_file}:b,width=16,big").to_dict() == {"size": 16, "steps": "5 epochs", "inner": {"mode": "b", "big": True}}
+  assert configs.read(f"{config_file}:b,width=16,big").to_dict() == {
+    "size": 16,
+    "steps": "5 epochs",
+    "inner": {"mode": "b", "big": True},
+  }
   with pytest.raises(UserError, match="Did you mean 'width'"):
     configs.read(f"{config_file}:widht=16")
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
-    [(["--config.inner.mode.x=1"], "inner"), (["--conf.size=1"], "conf.size"), (["stray"], "stray")],
+  ("flags", "words"),
+  [(["--config.inner.mode.x=1"], "inner"), (["--conf.size=1"], "conf.size"), (["stray"], "stray")],
 )
 def test_an_override_that_can_not_be_is_refused(config_file, flags, words):
   with pytest.raises(UserError, match=words):

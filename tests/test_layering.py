@@ -26,20 +26,20 @@ def test_a_component_imports_its_own_kind_and_outside_libraries_only(kind):
   files = sorted((PACKAGE / kind).rglob("*.py"))
   assert files
   wrong = [
-      f"{file.relative_to(PACKAGE)} imports {name}"
-      for file in files
-      for name in imports(file)
-      if name.startswith("bigjax.") and not name.startswith((*SHARED, f"bigjax.{kind}"))
+    f"{file.relative_to(PACKAGE)} imports {name}"
+    for file in files
+    for name in imports(file)
+    if name.startswith("bigjax.") and not name.startswith((*SHARED, f"bigjax.{kind}"))
   ]
   assert not wrong
 
 
 def test_heavy_libraries_are_imported_where_they_are_used():
   wrong = [
-      f"{file.relative_to(PACKAGE)} imports {name}"
-      for file in sorted(PACKAGE.rglob("*.py"))
-      for name in imports(file, top_level_only=True)
-      if name.split(".")[0] in HEAVY
+    f"{file.relative_to(PACKAGE)} imports {name}"
+    for file in sorted(PACKAGE.rglob("*.py"))
+    for name in imports(file, top_level_only=True)
+    if name.split(".")[0] in HEAVY
   ]
   assert not wrong
 

@@ -23,15 +23,15 @@ def test_minus_one_takes_the_devices_left(mesh):
 
 
 @pytest.mark.parametrize(
-    ("axes", "words"),
-    [
-        ([("date", -1)], "Did you mean 'data'"),
-        ([("data", 3)], "8 devices"),
-        ([("data", -1), ("tensor", 3)], "8 devices"),
-        ([("data", -1), ("tensor", -1)], "at most one is -1"),
-        ([("tensor", 2), ("data", -1)], "in the order"),
-        ([("data", 0)], "positive"),
-    ],
+  ("axes", "words"),
+  [
+    ([("date", -1)], "Did you mean 'data'"),
+    ([("data", 3)], "8 devices"),
+    ([("data", -1), ("tensor", 3)], "8 devices"),
+    ([("data", -1), ("tensor", -1)], "at most one is -1"),
+    ([("tensor", 2), ("data", -1)], "in the order"),
+    ([("data", 0)], "positive"),
+  ],
 )
 def test_a_mesh_that_can_not_be_is_refused(axes, words):
   with pytest.raises(UserError, match=words):
@@ -39,7 +39,10 @@ def test_a_mesh_that_can_not_be_is_refused(axes, words):
 
 
 def test_the_first_rule_that_matches_decides_and_moments_follow_their_parameter(mesh):
-  state = {"params": {"up": {"kernel": leaf(64, 128), "bias": leaf(128)}}, "opt": {"mu": {"up": {"kernel": leaf(64, 128)}}}}
+  state = {
+    "params": {"up": {"kernel": leaf(64, 128), "bias": leaf(128)}},
+    "opt": {"mu": {"up": {"kernel": leaf(64, 128)}}},
+  }
   found = sharding.shard_tree(state, [(".*up/kernel", "split(tensor,-1)"), (".*", "fsdp(data,64)")], mesh)
   assert found["params"]["up"]["kernel"].spec == found["opt"]["mu"]["up"]["kernel"].spec == P(None, "tensor")
   assert found["params"]["up"]["bias"].spec == P("data")
@@ -57,17 +60,17 @@ def test_fsdp_leaves_small_arrays_whole_and_skips_what_does_not_divide(mesh):
 
 
 @pytest.mark.parametrize(
-    ("rules", "words"),
-    [
-        ([("a", "replicate")], "no rule matches 'b'"),
-        ([(".*", "replicate"), ("c", "replicate")], "c"),
-        ([(".*", "replicat")], "Did you mean 'replicate'"),
-        ([(".*", "split(tensr,-1)")], "Did you mean 'tensor'"),
-        ([(".*", "split(tensor,-1)")], "do not divide"),
-        ([(".*", "split(tensor,-3)")], "does not exist"),
-        ([(".*", "split(tensor)")], "wrong arguments"),
-        ([("(", "replicate")], "config.sharding"),
-    ],
+  ("rules", "words"),
+  [
+    ([("a", "replicate")], "no rule matches 'b'"),
+    ([(".*", "replicate"), ("c", "replicate")], "c"),
+    ([(".*", "replicat")], "Did you mean 'replicate'"),
+    ([(".*", "split(tensr,-1)")], "Did you mean 'tensor'"),
+    ([(".*", "split(tensor,-1)")], "do not divide"),
+    ([(".*", "split(tensor,-3)")], "does not exist"),
+    ([(".*", "split(tensor)")], "wrong arguments"),
+    ([("(", "replicate")], "config.sharding"),
+  ],
 )
 def test_a_rule_that_can_not_hold_is_refused(mesh, rules, words):
   with pytest.raises(UserError, match=words):

@@ -21,7 +21,9 @@ def main(argv: list[str]) -> int:
   changes += configs.diff(*facts) if all(facts) else []
   for key, old, new in changes:
     print(f"{key}\n  - {show(old)}\n  + {show(new)}")
-  print(f"{len(changes)} difference{'s' * (len(changes) != 1)}; config hashes {configs.digest(a)} and {configs.digest(b)}")
+  print(
+    f"{len(changes)} difference{'s' * (len(changes) != 1)}; config hashes {configs.digest(a)} and {configs.digest(b)}"
+  )
   return 0
 
 

@@ -24,8 +24,8 @@ def main(argv: list[str]) -> int:
   described = record.read_config(args.workdir)
   before = record.read_run(args.workdir)
   for what, old, new in (
-      ("package", before.get("versions", {}), record.versions()),
-      ("code", before.get("git", {}), record.git_state()),
+    ("package", before.get("versions", {}), record.versions()),
+    ("code", before.get("git", {}), record.git_state()),
   ):
     for key, was, now in configs.diff(old, new):
       print(f"note: {what} {key} was {was!r} and is {now!r}")

@@ -6,15 +6,23 @@ import argparse
 import os
 
 from bigjax import config as configs
-from bigjax import record
 from bigjax.errors import UserError
 
 
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(prog="bigjax train", description=__doc__, allow_abbrev=False)
-  parser.add_argument("--config", required=True, metavar="FILE[:arg]", help="a file with get_config(); --config.key=value overrides")
-  parser.add_argument("--workdir", required=True, help="where checkpoints, metrics and the report go; a run there is gone on with")
-  parser.add_argument("--compile_cache", default=default_cache(), metavar="DIR", help="compiled programs kept between runs; 'none' for none")
+  parser.add_argument(
+    "--config", required=True, metavar="FILE[:arg]", help="a file with get_config(); --config.key=value overrides"
+  )
+  parser.add_argument(
+    "--workdir", required=True, help="where checkpoints, metrics and the report go; a run there is gone on with"
+  )
+  parser.add_argument(
+    "--compile_cache",
+    default=default_cache(),
+    metavar="DIR",
+    help="compiled programs kept between runs; 'none' for none",
+  )
   args, overrides = parser.parse_known_args(argv)
   config = configs.read(args.config, overrides)
 
@@ -31,7 +39,6 @@ def after(workdir: str, status: str) -> int:
   from bigjax import metrics, train
 
   print(metrics.summary(workdir))
-
   return train.STOPPED if status == "stopped" else 0
 
 

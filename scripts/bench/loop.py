@@ -2,8 +2,8 @@
 
 Usage: python scripts/bench/loop.py [--steps=300] [--rounds=5]
 
-The whole of `bigjax.train.train` (input, progress, metrics, writers) is run on steps of 20 ms and more and compared with a
-bare `for` around the same compiled step on a batch that already lies on the device. Prints the median of the rounds.
+The whole of `bigjax.train.train` (input, progress, metrics, writers) is run on steps of 20 ms and more and compared
+with a bare `for` around the same compiled step on a batch that already lies on the device. Prints the median of the rounds.
 """
 
 import argparse
@@ -25,19 +25,22 @@ WARM_UP = 20  # Steps left out at the start of a run: compilation, caches, the w
 
 def config(steps, width):
   return configs.resolve(
-      dict(
-          total_steps=steps,
-          batch_size=256,
-          data=dict(source=dict(name="synthetic", kind="images", num_examples=4096, shape=(28, 28, 1), num_classes=10), preprocess="value_range(-1,1,-4,4)"),
-          model=dict(name="mlp", in_features=784, widths=(width, width), num_outputs=10),
-          task=dict(name="classification"),
-          optimizer=dict(name="adamw"),
-          schedule=dict(name="constant", peak=1e-4),
-          log_every=50,
-          checkpoint_every=steps,
-          writers=("jsonl", "csv"),
+    dict(
+      total_steps=steps,
+      batch_size=256,
+      data=dict(
+        source=dict(name="synthetic", kind="images", num_examples=4096, shape=(28, 28, 1), num_classes=10),
+        preprocess="value_range(-1,1,-4,4)",
       ),
-      experiment.TrainConfig,
+      model=dict(name="mlp", in_features=784, widths=(width, width), num_outputs=10),
+      task=dict(name="classification"),
+      optimizer=dict(name="adamw"),
+      schedule=dict(name="constant", peak=1e-4),
+      log_every=50,
+      checkpoint_every=steps,
+      writers=("jsonl", "csv"),
+    ),
+    experiment.TrainConfig,
   )
 
 
@@ -90,7 +93,9 @@ def main():
     with tempfile.TemporaryDirectory() as workdir:
       bare, loop = bare_seconds(resolved, args.steps), loop_seconds(resolved, workdir)
     rows.append((bare, loop))
-    print(f"round {i + 1}: bare step {bare * 1e3:.2f} ms, loop {loop * 1e3:.2f} ms, ratio {loop / bare:.4f}", flush=True)
+    print(
+      f"round {i + 1}: bare step {bare * 1e3:.2f} ms, loop {loop * 1e3:.2f} ms, ratio {loop / bare:.4f}", flush=True
+    )
   print(f"median ratio of {args.rounds} rounds: {statistics.median(b / a for a, b in rows):.4f}")
 
 

@@ -35,8 +35,10 @@ def main():
       checkpoints.wait()
       complete.append(time.perf_counter() - start)
   blocked, complete = blocked[1:], complete[1:]  # The first makes threads and directories.
-  print(f"state {size / 1e6:.0f} MB, {args.rounds} saves: the loop waits {statistics.median(blocked):.3f} s (most {max(blocked):.3f} s), "
-        f"complete after {statistics.median(complete):.2f} s")
+  print(
+    f"state {size / 1e6:.0f} MB, {args.rounds} saves: the loop waits {statistics.median(blocked):.3f} s "
+    f"(most {max(blocked):.3f} s), complete after {statistics.median(complete):.2f} s"
+  )
 
 
 if __name__ == "__main__":

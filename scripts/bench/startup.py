@@ -54,8 +54,12 @@ def bigjax(steps, cache, config):
 
 def bare(steps):
   env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-  out = subprocess.run([sys.executable, HERE / "pure_jax_gpt.py", f"--steps={steps}"], env=env, check=True, capture_output=True, text=True).stdout
-  return float(re.search(r"step 1[^\d]*([\d.]+) s", out)[1]), float(re.search(r"([\d,]+) tokens/s", out)[1].replace(",", ""))
+  out = subprocess.run(
+    [sys.executable, HERE / "pure_jax_gpt.py", f"--steps={steps}"], env=env, check=True, capture_output=True, text=True
+  ).stdout
+  return float(re.search(r"step 1[^\d]*([\d.]+) s", out)[1]), float(
+    re.search(r"([\d,]+) tokens/s", out)[1].replace(",", "")
+  )
 
 
 def main():
@@ -67,7 +71,9 @@ def main():
   rows = []
   for i in range(args.rounds):
     with tempfile.TemporaryDirectory() as cache:
-      row = dict(bare=bare(args.steps), cold=bigjax(args.steps, cache, args.config), warm=bigjax(args.steps, cache, args.config))
+      row = dict(
+        bare=bare(args.steps), cold=bigjax(args.steps, cache, args.config), warm=bigjax(args.steps, cache, args.config)
+      )
     rows.append(row)
     shown = ", ".join(f"{k} {first:.1f} s to step 1 and {speed:,.0f} tokens/s" for k, (first, speed) in row.items())
     print(f"round {i + 1}: {shown}", flush=True)
