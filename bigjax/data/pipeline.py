@@ -1,0 +1,289 @@
+"""From a source to batches on devices: endless and shuffled to train, finite and padded to evaluate.
+
+Batch `step` is a function of (seed, step): the order says which examples, and an op draws from (seed, epoch, id) and
+its place in the string alone. So a run goes on at any step at no cost, on any number of hosts, and sees the same.
+
+There are two engines with the same results. If all ops work on NumPy batches, a few threads do: a million small images
+a second, and TensorFlow, which takes seconds to import, stays out. If an op works on single examples, as decoding does,
+tf.data does the work from the first to the last of these, in parallel and in order. Array ops between two such ops run
+example by example under Python's lock, which is slow: put them first or last.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from bigjax.data import order
+from bigjax.errors import UserError
+
+_ORDERED = 4096  # Examples whose order is worked out at once, so that NumPy's cost a call does not count.
+
+
+def train_batches(
+  source: Any,
+  *,
+  batch_size: int,
+  seed: int,
+  preprocess: tuple[Any, ...] = (),
+  start_step: int = 0,
+  host: int = 0,
+  hosts: int = 1,
+  prefetch: int = 2,
+  threads: int | None = None,
+) -> "Batches":
+  """Returns the endless batches of this host from step `start_step` on.
+
+  Args:
+    source: Has `len` and `fetch(ids)`, and `order(positions, seed)` if reshuffled epochs aren't the order it wants.
+    batch_size: Examples a step on all hosts together.
+    seed: Of the order and of the ops' randomness.
+    preprocess: Ops in order, see bigjax/data/ops.
+    start_step: The step of the first batch.
+    host: Which part of each batch: the `host`-th of `hosts` equal ones, in order.
+    hosts: Number of parts.
+    prefetch: Batches made ahead, or as many as there are threads if these are more.
+    threads: Workers for array ops; one a core, 4 at most, if None.
+  """
+  plan = Plan(source, batch_size, host, hosts, seed=seed)
+  return _batches(plan, tuple(preprocess), start_step, prefetch, threads)
+
+
+def eval_batches(
+  source: Any,
+  *,
+  batch_size: int,
+  preprocess: tuple[Any, ...] = (),
+  host: int = 0,
+  hosts: int = 1,
+  prefetch: int = 2,
+  threads: int | None = None,
+) -> "Batches":
+  """Returns every example once, by id, in as many batches on every host; where `mask` is 0 is padding."""
+  return _batches(Plan(source, batch_size, host, hosts), tuple(preprocess), 0, prefetch, threads)
+
+
+def spec(source: Any, preprocess: tuple[Any, ...] = ()) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shape (without the batch) and the type on a device of every feature, `mask` too, by making a batch."""
+  # Two: some ops mix pairs.
+  with eval_batches(source, batch_size=2, preprocess=preprocess, prefetch=1, threads=1) as batches:
+    batch = next(batches)
+  _check_numeric(batch)
+  return {k: jax.ShapeDtypeStruct(v.shape[1:], jax.dtypes.canonicalize_dtype(v.dtype)) for k, v in batch.items()}
+
+
+def to_device(batches: Iterable[dict[str, np.ndarray]], sharding: jax.sharding.Sharding, ahead: int = 2) -> "Ahead":
+  """Returns `batches` as global arrays laid out by `sharding`, `ahead` of them on the devices before they are used.
+
+  Each host gives its part. A thread does it, at its own pace; closing what is returned ends it and closes `batches`.
+  """
+
+  def put():
+    with contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext():
+      for i, batch in enumerate(batches):
+        if i == 0:
+          _check_numeric(batch)
+        yield {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+  return Ahead(put(), ahead)
+
+
+def _check_numeric(batch):
+  for name, value in batch.items():
+    if value.dtype.kind not in "biufcV":  # V: bfloat16 and other types of ml_dtypes.
+      raise UserError(
+        f"preprocess leaves {name!r} as text or objects, which no device holds: decode it, "
+        f"or add drop({name!r}), or keep(...) with what the model and the task need."
+      )
+
+
+class Batches:
+  """An iterator that can be closed from any thread, which ends its workers."""
+
+  def __init__(self, generator: Iterator[dict[str, np.ndarray]]):
+    self._generator = generator
+    self._lock = threading.Lock()
+    self._closed = False
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    with self._lock:
+      if self._closed:
+        raise StopIteration
+      return next(self._generator)
+
+  def close(self):
+    self._closed = True
+    with self._lock:
+      self._generator.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc):
+    self.close()
+
+
+class Ahead:
+  """An iterator run by a thread of its own, up to `depth` items before they are asked for."""
+
+  def __init__(self, generator: Iterator[Any], depth: int):
+    self._items, self._room, self._stopped = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+    for _ in range(max(1, depth)):
+      self._room.put(None)
+    # The thread must not hold `self`, so that forgetting this object ends it as closing does.
+    parts = (generator, self._items, self._room, self._stopped)
+    thread = threading.Thread(target=_run_ahead, args=parts, name="bigjax-ahead", daemon=True)
+    self.close = weakref.finalize(self, _stop, thread, self._room, self._stopped)
+    thread.start()
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> Any:
+    if self._stopped.is_set():
+      raise StopIteration
+    item, error = self._items.get()
+    if error is not None:
+      self.close()
+      raise error
+    self._room.put(None)
+    return item
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc):
+    self.close()
+
+
+def _run_ahead(generator, items, room, stopped):
+  try:
+    with contextlib.closing(generator):
+      while True:
+        room.get()
+        if stopped.is_set():
+          return
+        items.put((next(generator), None))
+  except BaseException as e:  # Its end or its failure: the consumer's to see.
+    items.put((None, e))
+
+
+def _stop(thread, room, stopped):
+  stopped.set()
+  room.put(None)
+  if thread is not threading.current_thread():  # The collector of garbage runs in any thread.
+    thread.join()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Which examples make up a host's batches: in training order for a seed, or each once, by id, without one."""
+
+  source: Any
+  batch_size: int
+  host: int
+  hosts: int
+  seed: int | None = None
+
+  def __post_init__(self):
+    if self.batch_size < 1 or self.batch_size % self.hosts:
+      raise UserError(f"batch_size: {self.batch_size} is not a positive multiple of {self.hosts}, the number of hosts.")
+    if len(self.source) == 0:
+      raise UserError(f"data: the source {type(self.source).__name__} has no examples.")
+
+  @property
+  def local_size(self) -> int:
+    return self.batch_size // self.hosts
+
+  @property
+  def steps(self) -> int | None:
+    """The number of batches; None if endless."""
+    return None if self.seed is not None else -(-len(self.source) // self.batch_size)
+
+  def examples(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (epochs, ids, mask) of the examples at `places` in the stream of this host's examples."""
+    step, offset = np.divmod(places, self.local_size)
+    positions = step * self.batch_size + self.host * self.local_size + offset
+    if self.seed is None:
+      last = len(self.source) - 1
+      return np.zeros_like(positions), np.minimum(positions, last), (positions <= last).astype(np.float32)
+    if hasattr(self.source, "order"):
+      epochs, ids = self.source.order(positions, self.seed)
+    else:
+      epochs, ids = order.shuffled(len(self.source), positions, self.seed)
+    return epochs, ids, np.ones(len(positions), np.float32)
+
+  def keys(self, epochs: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    return order.example_keys(self.seed or 0, epochs, ids)
+
+
+def _batches(plan, ops, start_step, prefetch, threads):
+  workers = threads or min(4, os.cpu_count() or 1)
+  engine = _with_tensorflow if any(op.kind == "example" for op in ops) else _with_threads
+  return Batches(engine(plan, ops, start_step, max(1, prefetch), workers))
+
+
+def _with_threads(plan, ops, start_step, prefetch, workers):
+  """Engine of array ops alone."""
+
+  def make(examples):
+    epochs, ids, mask = examples
+    return _apply(ops, 0, plan.source.fetch(ids), plan.keys(epochs, ids)) | {"mask": mask}
+
+  return _in_order(make, _planned(plan, start_step), max(prefetch, workers), workers)
+
+
+def _planned(plan, start_step):
+  """Yields (epochs, ids, mask) of each batch, many batches worked out at a time."""
+  size = plan.local_size
+  steps = itertools.count(start_step) if plan.steps is None else iter(range(start_step, plan.steps))
+  while chunk := list(itertools.islice(steps, max(1, _ORDERED // size))):
+    found = plan.examples(np.arange(chunk[0] * size, (chunk[-1] + 1) * size))
+    yield from zip(*(np.split(part, len(chunk)) for part in found))
+
+
+def _in_order(function, items, depth, workers):
+  """Yields `function(item)` for each item, in order, `depth` of them under way in `workers` threads."""
+  pool = concurrent.futures.ThreadPoolExecutor(workers, "bigjax-data")
+  try:
+    waiting = collections.deque(pool.submit(function, item) for item in itertools.islice(items, depth))
+    while waiting:
+      done = waiting.popleft().result()
+      waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+      yield done
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def _apply(ops, start, batch, keys):
+  """Runs the array ops from place `start` of `ops` on; an op's place sets its draws apart from its neighbours'."""
+  for place in range(start, len(ops)):
+    batch = ops[place].apply(batch, order.fold(keys, place))
+  return batch
+
+
+def _with_tensorflow(plan, ops, start_step, prefetch, workers):
+  """Engine of ops of which some work on single examples: tf.data up to the last of these, threads from there on."""
+  from bigjax.data import tfdata
+
+  rest = 1 + max(i for i, op in enumerate(ops) if op.kind == "example")
+
+  def finish(item):
+    (epochs, ids, mask), batch = item
+    return _apply(ops, rest, batch, plan.keys(epochs, ids)) | {"mask": mask}
+
+  with contextlib.closing(tfdata.batches(plan, ops[:rest], start_step)) as made:
+    yield from _in_order(finish, zip(_planned(plan, start_step), made), prefetch, workers)
