@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ def parsed_lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
 def direction(name: str) -> str | None:
   """`"min"` or `"max"`: which way a metric called `name` gets better; None if its last part does not tell."""
   words = set(name.rsplit("/", 1)[-1].lower().replace("-", "_").split("_"))
-  return "min" if words & _LOWER else "max" if words & _HIGHER else None
+  if words & _LOWER:
+    return "min"
+  return "max" if words & _HIGHER or any(re.fullmatch(r"\d+shot", word) for word in words) else None
 
 
 _LOWER = frozenset("loss error perplexity mse mae rmse nll entropy wer cer brier ece bpb bits regret distance".split())
@@ -172,7 +175,7 @@ def summary(workdir: str | os.PathLike) -> str:
   return "\n".join(parts)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Any:
   """What a workdir's JSON file says; {} if there is none yet."""
   return json.loads(path.read_bytes()) if path.exists() else {}
 

@@ -16,6 +16,7 @@ from bigjax.metrics import best_and_last, direction, format_seconds, format_valu
     ("error_rate", "min"),
     ("fewshot/top_1", "max"),
     ("r2", "max"),
+    ("fewshot/10shot", "max"),
     ("learning_rate", None),
     ("grad_norm", None),
     ("accuracy/examples", None),
