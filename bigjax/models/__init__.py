@@ -1,1 +1,1 @@
-"""Models: one architecture a file, built by `make(..., rngs)`; they know nothing of devices, configs, files or losses."""
+"""Models: one architecture a file, built by `make(..., rngs)`; they know no devices, configs, files or losses."""

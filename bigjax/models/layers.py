@@ -1,0 +1,321 @@
+"""What two or more models share: names of functions, dropout, the transformer block and the stack of them.
+
+Transformer activations are `[batch * seq, width]` from embedding to head, because XLA's CPU code for the backward pass
+of products with three dimensions is 1.6 times slower than with two; elsewhere the shape costs nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from bigjax.errors import UserError, suggest
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+ACTIVATIONS = {
+  "identity": lambda x: x,
+  "relu": jax.nn.relu,
+  "relu6": jax.nn.relu6,
+  "leaky_relu": jax.nn.leaky_relu,
+  "elu": jax.nn.elu,
+  "selu": jax.nn.selu,
+  "celu": jax.nn.celu,
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+  "silu": jax.nn.silu,
+  "swish": jax.nn.silu,
+  "mish": jax.nn.mish,
+  "tanh": jnp.tanh,
+  "sigmoid": jax.nn.sigmoid,
+  "hard_tanh": jax.nn.hard_tanh,
+  "hard_sigmoid": jax.nn.hard_sigmoid,
+  "hard_silu": jax.nn.hard_silu,
+  "softplus": jax.nn.softplus,
+  "softsign": jax.nn.soft_sign,
+  "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+INITIALIZERS = {
+  "lecun_normal": nnx.initializers.lecun_normal(),
+  "lecun_uniform": nnx.initializers.lecun_uniform(),
+  "he_normal": nnx.initializers.he_normal(),
+  "he_uniform": nnx.initializers.he_uniform(),
+  "glorot_normal": nnx.initializers.glorot_normal(),
+  "glorot_uniform": nnx.initializers.glorot_uniform(),
+  "orthogonal": nnx.initializers.orthogonal(),
+  "normal": nnx.initializers.normal(0.02),
+  "zeros": nnx.initializers.zeros,
+}
+
+REMAT = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def choose(table: dict[Any, Any], argument: str, name: Any) -> Any:
+  """Returns `table[name]`; an unknown name is an error that says which argument of the model it was."""
+  if name not in table:
+    raise UserError(f"model.{argument}: {name!r} is not known.{suggest(str(name), map(str, table))}")
+  return table[name]
+
+
+def read_patch_variant(variants: dict[str, dict[str, int]], variant: str | None) -> dict[str, dict[str, int]]:
+  """Adds to the table what "B/16" means: the sizes of "B" and patches of 16 x 16 pixels."""
+  if variant is None:
+    return variants
+  name, slash, patch = variant.partition("/")
+  if slash and not patch.isdigit():
+    raise UserError(f'model.variant: {variant!r} has no patch size after the slash. Write it like "B/16".')
+  return variants | {variant: choose(variants, "variant", name) | ({"patch_size": int(patch)} if slash else {})}
+
+
+def sizes(variants: dict[str, dict[str, int]], variant: str | None, **given: int | None) -> dict[str, int]:
+  """Returns the sizes of `variant`, each replaced by the one given if there is one."""
+  found = {} if variant is None else choose(variants, "variant", variant)
+  found = found | {name: size for name, size in given.items() if size is not None}
+  missing = [name for name in given if name not in found]
+  if missing:
+    remedy = f"or a variant: {', '.join(variants)}" if variant is None else f"which variant {variant!r} doesn't set"
+    raise UserError(f"model.{missing[0]} is missing. Give it, {remedy}.")
+  check_positive(**found)
+  return found
+
+
+def check_positive(**sizes: int | tuple[int, ...] | None) -> None:
+  """Raises unless every size, and every size in a tuple, is above 0; None passes."""
+  for name, size in sizes.items():
+    if any(s <= 0 for s in (size if isinstance(size, tuple) else (size,)) if s is not None):
+      raise UserError(f"model.{name}: {size} must be above 0.")
+
+
+def check_rate(**rates: float) -> None:
+  """Raises unless every rate is in [0, 1)."""
+  for name, rate in rates.items():
+    if not 0 <= rate < 1:
+      raise UserError(f"model.{name}: {rate} is not a rate. Choose 0 <= {name} < 1; 0 turns it off.")
+
+
+def check_heads(width: int, heads: int) -> None:
+  """Raises unless `heads` divides `width`."""
+  check_positive(width=width, heads=heads)
+  if width % heads:
+    divisors = [n for n in range(1, width + 1) if width % n == 0]
+    nearest = min(divisors, key=lambda n: abs(n - heads))
+    raise UserError(f"model.heads: {heads} does not divide width {width}. The nearest number that does is {nearest}.")
+
+
+def training_key(key: PRNGKeyArray | None, train: bool, *rates: float) -> PRNGKeyArray | None:
+  """Returns the key to drop things with: None unless training, when one must be there if any rate is above 0."""
+  if train and key is None and any(rates):
+    raise ValueError("This model drops values in training: call it with key=.")
+  return key if train else None
+
+
+def grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+  """Returns (rows, columns) of square patches in an image; raises unless they cover it."""
+  check_positive(patch_size=patch_size)
+  height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+  for side in (height, width):
+    if side <= 0 or side % patch_size:
+      nearest = max(round(side / patch_size), 1) * patch_size
+      remedy = f"Resize images to {nearest}, or change the patches."
+      raise UserError(f"model.patch_size: {patch_size} does not divide image_size {side}. {remedy}")
+  return height // patch_size, width // patch_size
+
+
+def patches(images: Float[Array, "batch height width channel"], grid: tuple[int, int], patch_size: int, channels: int):
+  """Returns [batch * patches, patch_size * patch_size * channels], row by row.
+
+  A dense layer on them is the usual strided convolution, as one product.
+  """
+  (rows, columns), size = grid, patch_size
+  expected = (rows * size, columns * size, channels)
+  if images.shape[1:] != expected:
+    remedy = "Set model.image_size and model.channels, or resize the images."
+    raise UserError(f"model.image_size: the model was built for images of {expected}, not {images.shape[1:]}. {remedy}")
+  x = images.reshape(-1, rows, size, columns, size, channels).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(len(images) * rows * columns, -1)
+
+
+def flatten(inputs: Float[Array, "batch ..."], in_features: int) -> Float[Array, "batch features"]:
+  """Returns the values of each example in a row; raises unless there are `in_features` of them."""
+  x = inputs.reshape(len(inputs), -1)
+  if x.shape[1] != in_features:
+    shape = inputs.shape[1:]
+    raise UserError(f"model.in_features: {in_features}, but an example of shape {shape} has {x.shape[1]} values.")
+  return x
+
+
+def batch_norm(width: int, *, zero_scale: bool = False, rngs: nnx.Rngs) -> nnx.BatchNorm:
+  """Batch normalisation over all but the last dimension, https://arxiv.org/abs/1502.03167, computed in float32."""
+  scale_init = nnx.initializers.zeros if zero_scale else nnx.initializers.ones
+  return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, scale_init=scale_init, rngs=rngs)
+
+
+def subkeys(key: PRNGKeyArray | None, count: int) -> Any:
+  """Splits `key`; no key gives None for each."""
+  return (None,) * count if key is None else jax.random.split(key, count)
+
+
+def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
+  """Zeroes values at `rate` and scales the others up to keep the mean; without a key it changes nothing."""
+  if key is None or rate == 0:
+    return x
+  return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), jnp.zeros_like(x))
+
+
+def drop_path(x: Float[Array, "tokens width"], rate: Array | None, key: PRNGKeyArray | None, batch: int) -> Array:
+  """Stochastic depth, https://arxiv.org/abs/1603.09382: zeroes whole examples at `rate`, scales the others up."""
+  if key is None or rate is None:
+    return x
+  keep = jax.random.bernoulli(key, 1 - rate, (batch, 1)) / (1 - rate)
+  return (x.reshape(batch, -1) * keep.astype(x.dtype)).reshape(x.shape)
+
+
+def attend(
+  query: Float[Array, "batch heads query dim"],
+  key: Float[Array, "batch heads seq dim"],
+  value: Float[Array, "batch heads seq dim"],
+  *,
+  causal: bool = False,
+  dropout_rate: float = 0.0,
+  dropout_key: PRNGKeyArray | None = None,
+) -> Float[Array, "batch heads query dim"]:
+  """Softmax attention, https://arxiv.org/abs/1706.03762; scores and softmax in float32."""
+  query = query * query.shape[-1] ** -0.5
+  scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+  if causal:
+    scores = jnp.where(jnp.tril(jnp.ones((1, 1, *scores.shape[-2:]), bool)), scores, -1e30)
+  weights = dropout(jax.nn.softmax(scores), dropout_rate, dropout_key)
+  return jnp.einsum("bhqk,bhkd->bhqd", weights.astype(value.dtype), value)
+
+
+class BlockInit(NamedTuple):
+  """How the dense layers of a transformer block start."""
+
+  qkv: Callable
+  out: Callable
+  up: Callable
+  down: Callable
+  mlp_bias: Callable = nnx.initializers.zeros
+
+
+class SelfAttention(nnx.Module):
+  """Multi-head self-attention with one product for query, key and value.
+
+  The columns of its kernel are [heads, (query, key, value), head_dim], so that a split of the last dimension over
+  devices gives each of them whole heads.
+  """
+
+  def __init__(self, width: int, heads: int, *, causal, bias, dropout, dtype, init: BlockInit, rngs: nnx.Rngs):
+    check_heads(width, heads)
+    self.heads, self.causal, self.dropout = heads, causal, dropout
+    self.qkv = nnx.Linear(width, 3 * width, use_bias=bias, kernel_init=init.qkv, dtype=dtype, rngs=rngs)
+    self.out = nnx.Linear(width, width, use_bias=bias, kernel_init=init.out, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: Float[Array, "tokens width"], batch: int, *, key: PRNGKeyArray | None = None) -> Array:
+    tokens, width = x.shape
+    qkv = self.qkv(x).reshape(batch, tokens // batch, self.heads, 3, -1).transpose(3, 0, 2, 1, 4)
+    out = attend(*qkv, causal=self.causal, dropout_rate=self.dropout, dropout_key=key)
+    return self.out(out.transpose(0, 2, 1, 3).reshape(tokens, width))
+
+
+class Mlp(nnx.Module):
+  """Two dense layers with an activation between them, on `[..., width]`."""
+
+  def __init__(self, width: int, hidden: int, *, activation, bias=True, dropout, dtype, init, rngs: nnx.Rngs):
+    self.activation, self.dropout = choose(ACTIVATIONS, "activation", activation), dropout
+    arguments = dict(use_bias=bias, bias_init=init.mlp_bias, dtype=dtype, rngs=rngs)
+    self.up = nnx.Linear(width, hidden, kernel_init=init.up, **arguments)
+    self.down = nnx.Linear(hidden, width, kernel_init=init.down, **arguments)
+
+  def __call__(self, x: Float[Array, "... width"], *, key: PRNGKeyArray | None = None) -> Array:
+    return self.down(dropout(self.activation(self.up(x)), self.dropout, key))
+
+
+class Block(nnx.Module):
+  """The pre-norm transformer block."""
+
+  def __init__(
+    self,
+    width: int,
+    heads: int,
+    mlp_dim: int,
+    *,
+    causal: bool = False,
+    activation: str = "gelu_tanh",
+    bias: bool = True,
+    epsilon: float = 1e-6,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    mlp_dropout: float = 0.0,
+    dtype: Any = None,
+    init: BlockInit,
+    rngs: nnx.Rngs,
+  ):
+    norm = dict(epsilon=epsilon, use_bias=bias, rngs=rngs)  # In float32: see `dtype` of nnx.LayerNorm.
+    dense = dict(bias=bias, dtype=dtype, init=init, rngs=rngs)
+    self.dropout = dropout
+    self.norm1 = nnx.LayerNorm(width, **norm)
+    self.attn = SelfAttention(width, heads, causal=causal, dropout=attention_dropout, **dense)
+    self.norm2 = nnx.LayerNorm(width, **norm)
+    self.mlp = Mlp(width, mlp_dim, activation=activation, dropout=mlp_dropout, **dense)
+
+  def __call__(self, x, batch: int, *, key: PRNGKeyArray | None = None, drop_rate: Array | None = None):
+    keys = subkeys(key, 6)
+
+    def residual(branch, dropout_key, path_key):
+      return drop_path(dropout(branch, self.dropout, dropout_key), drop_rate, path_key, batch)
+
+    x = x + residual(self.attn(self.norm1(x), batch, key=keys[0]), keys[1], keys[2])
+    return x + residual(self.mlp(self.norm2(x), key=keys[3]), keys[4], keys[5])
+
+
+def stack(make_block: Callable[..., nnx.Module], depth: int, *, scan: bool, rngs: nnx.Rngs) -> nnx.Module:
+  """Builds `depth` blocks: one whose leaves have a leading layer axis if `scan`, else a list; the values are the same.
+
+  Either way the initialisation is compiled for one block and mapped over layers.
+  """
+  check_positive(depth=depth)
+  stacked = nnx.vmap(lambda key: make_block(rngs=nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))
+  if scan:
+    return stacked
+  # The barrier keeps XLA from fusing, and so repeating, the drawing of random numbers into each slice.
+  graphdef, state = nnx.split(stacked)
+  state = jax.lax.optimization_barrier(state)
+  return nnx.List([nnx.merge(graphdef, _at(i, state)) for i in range(depth)])
+
+
+def run_stack(blocks: nnx.Module, x: Array, *args, key=None, drop_path_rate: float = 0.0, remat: str = "none") -> Array:
+  """Applies blocks built by `stack` in order, `block(x, *args, key=, drop_rate=)`.
+
+  `drop_path_rate` is that of the last block; it grows linearly from 0 at the first.
+  `remat` says what the backward pass computes again: "none", "full" (all but the input of a block) or "dots" (all but
+  the results of the dense layers).
+  """
+  policy = choose(REMAT, "remat", remat)
+  depth = len(blocks) if isinstance(blocks, nnx.List) else jax.tree.leaves(blocks)[0].shape[0]
+  rates = jnp.linspace(0.0, drop_path_rate, depth) if drop_path_rate and key is not None else None
+  keys = None if key is None else jax.random.split(key, depth)
+
+  def layer(x, block, key, drop_rate):
+    return block(x, *args, key=key, drop_rate=drop_rate)
+
+  if policy is not None:
+    layer = jax.checkpoint(layer, policy=policy)
+  if isinstance(blocks, nnx.List):
+    for i, block in enumerate(blocks):
+      x = layer(x, block, *_at(i, (keys, rates)))
+    return x
+  x, _ = jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x, (blocks, keys, rates))
+  return x
+
+
+def _at(index, tree):
+  return jax.tree.map(lambda leaf: leaf[index], tree)
