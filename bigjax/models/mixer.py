@@ -1,0 +1,132 @@
+"""MLP-Mixer: one MLP across the patches of an image, one across channels, in turns. https://arxiv.org/abs/2105.01601"""
+
+from flax import nnx
+from jaxtyping import Array, Float, Float32, PRNGKeyArray
+
+from bigjax.models import layers
+
+# Table 1 of the paper.
+VARIANTS = {
+  "S": dict(width=512, depth=8, tokens_dim=256, channels_dim=2048),
+  "B": dict(width=768, depth=12, tokens_dim=384, channels_dim=3072),
+  "L": dict(width=1024, depth=24, tokens_dim=512, channels_dim=4096),
+  "H": dict(width=1280, depth=32, tokens_dim=640, channels_dim=5120),
+}
+
+_LECUN = nnx.initializers.lecun_normal()
+INIT = layers.BlockInit(qkv=_LECUN, out=_LECUN, up=_LECUN, down=_LECUN)
+
+
+class MixerBlock(nnx.Module):
+  """Token mixing, then channel mixing, each after a norm and around a skip."""
+
+  def __init__(self, seq, width, tokens_dim, channels_dim, *, activation, dropout, dtype, rngs: nnx.Rngs):
+    dense = dict(activation=activation, dropout=dropout, dtype=dtype, init=INIT, rngs=rngs)
+    self.norm1 = nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs)
+    self.tokens = layers.Mlp(seq, tokens_dim, **dense)
+    self.norm2 = nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs)
+    self.channels = layers.Mlp(width, channels_dim, **dense)
+
+  def __call__(self, x: Float[Array, "tokens width"], batch: int, *, key=None, drop_rate=None):
+    keys = layers.subkeys(key, 4)
+    tokens, width = x.shape
+
+    def swap(x, rows, columns):
+      return x.reshape(batch, rows, columns).transpose(0, 2, 1).reshape(batch * columns, rows)
+
+    seq = tokens // batch
+    mixed = swap(self.tokens(swap(self.norm1(x), seq, width), key=keys[0]), width, seq)
+    x = x + layers.drop_path(mixed, drop_rate, keys[1], batch)
+    return x + layers.drop_path(self.channels(self.norm2(x), key=keys[2]), drop_rate, keys[3], batch)
+
+
+@nnx.dataclass(eq=False, kw_only=True)
+class Mixer(nnx.Module):
+  """Patches -> linear embedding -> mixer blocks -> norm -> mean over patches -> head."""
+
+  embed: nnx.Linear
+  blocks: nnx.Module
+  norm: nnx.LayerNorm
+  head: nnx.Linear
+  grid: tuple[int, int]
+  patch_size: int
+  channels: int
+  dropout: float
+  drop_path: float
+  remat: str
+
+  def features(
+    self, images: Float[Array, "batch height width channel"], *, key: PRNGKeyArray | None = None, train: bool = False
+  ) -> Float[Array, "batch features"]:
+    """Returns the mean over patches after the last norm."""
+    batch = len(images)
+    key = layers.training_key(key, train, self.dropout, self.drop_path)
+    x = self.embed(layers.patches(images, self.grid, self.patch_size, self.channels))
+    x = layers.run_stack(self.blocks, x, batch, key=key, drop_path_rate=self.drop_path, remat=self.remat)
+    return self.norm(x).reshape(batch, -1, x.shape[-1]).mean(axis=1)
+
+  def __call__(
+    self, images: Float[Array, "batch height width channel"], *, key: PRNGKeyArray | None = None, train: bool = False
+  ) -> Float32[Array, "batch classes"]:
+    return self.head(self.features(images, key=key, train=train))
+
+
+def make(
+  *,
+  num_classes: int,
+  image_size: int | tuple[int, int] = 224,
+  channels: int = 3,
+  variant: str | None = None,
+  patch_size: int | None = None,
+  width: int | None = None,
+  depth: int | None = None,
+  tokens_dim: int | None = None,
+  channels_dim: int | None = None,
+  dropout: float = 0.0,
+  drop_path: float = 0.0,
+  activation: str = "gelu_tanh",
+  scan: bool = False,
+  remat: str = "none",
+  dtype: str = "float32",
+  rngs: nnx.Rngs,
+) -> Mixer:
+  """An MLP-Mixer of a published size (`variant`, such as "B/16": its size and its patches' side) or of your own.
+
+  Args:
+    num_classes: number of logits.
+    image_size: side, or (height, width), in pixels; `patch_size` divides it.
+    channels: of the images.
+    patch_size, width, depth: each given one overrides the variant's.
+    tokens_dim, channels_dim: widths inside the MLPs across patches and across channels.
+    dropout: rate inside the MLPs.
+    drop_path: stochastic depth's rate at the last block; it grows linearly from 0 at the first.
+    activation: of the MLPs.
+    scan: compile one block and scan over layers; parameters get a leading layer axis.
+    remat: what the backward pass computes again: "none", "full" or "dots".
+    dtype: of the computation; parameters and logits are float32.
+  """
+  variants = layers.read_patch_variant(VARIANTS, variant)
+  given = dict(patch_size=patch_size, width=width, depth=depth, tokens_dim=tokens_dim, channels_dim=channels_dim)
+  sizes = layers.sizes(variants, variant, **given)
+  layers.check_positive(num_classes=num_classes, channels=channels)
+  layers.check_rate(dropout=dropout, drop_path=drop_path)
+  layers.choose(layers.REMAT, "remat", remat)
+  compute = layers.choose(layers.DTYPES, "dtype", dtype)
+  grid, width = layers.grid(image_size, sizes["patch_size"]), sizes["width"]
+
+  def block(rngs):
+    shape = (grid[0] * grid[1], width, sizes["tokens_dim"], sizes["channels_dim"])
+    return MixerBlock(*shape, activation=activation, dropout=dropout, dtype=compute, rngs=rngs)
+
+  return Mixer(
+    embed=nnx.Linear(sizes["patch_size"] ** 2 * channels, width, dtype=compute, rngs=rngs),
+    blocks=layers.stack(block, sizes["depth"], scan=scan, rngs=rngs),
+    norm=nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs),
+    head=nnx.Linear(width, num_classes, kernel_init=nnx.initializers.zeros, rngs=rngs),
+    grid=grid,
+    patch_size=sizes["patch_size"],
+    channels=channels,
+    dropout=dropout,
+    drop_path=drop_path,
+    remat=remat,
+  )
