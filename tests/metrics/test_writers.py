@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import errno
 import json
@@ -177,6 +178,8 @@ def test_a_full_disk_is_told_with_the_step_and_the_remedy(tmp_path):
   with pytest.raises(OSError, match=r"step 40 could not be written: No space left.*start the same command") as caught:
     writers.write(40, {"loss": 1.0})
   assert caught.value.errno == errno.ENOSPC
+  with contextlib.suppress(OSError):
+    writers.close()
 
 
 def test_console_prints_a_row_a_line(tmp_path, capsys):
@@ -197,7 +200,6 @@ def tensorboard_scalars(workdir):
   }
 
 
-@pytest.mark.filterwarnings("ignore")  # TensorFlow's imports
 def test_tensorboard_reads_back_what_was_written_also_after_a_resume(tmp_path):
   write_run(tmp_path, range(1, 6), ("tensorboard",))
   found = tensorboard_scalars(tmp_path)
@@ -213,7 +215,6 @@ def test_tensorboard_reads_back_what_was_written_also_after_a_resume(tmp_path):
   assert steps[4][0] == 6 and math.isnan(steps[4][1])
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_tensorboard_errors_reach_the_loop(tmp_path):
   workdir = tmp_path / "run"
   writers = Writers(workdir, ("tensorboard",))
