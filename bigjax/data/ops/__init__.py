@@ -67,7 +67,7 @@ def example_op(function: Callable) -> Callable:
   return function
 
 
-def parse(text: str, where: str = "ops") -> tuple[Op, ...]:
+def parse(text: str, where: str = "preprocess") -> tuple[Op, ...]:
   """Reads a string of ops separated by `|`; `where` is the config path that errors name.
 
   Raises:

@@ -110,6 +110,29 @@ def flatten(key: str = "image"):
 
 
 @array_op
+def pad_to(key: str, length: int, value: float = 0.0):
+  """Makes features of varying length, such as boxes, one array: each cut or filled up with `value` to `length`.
+
+  Put it first, or behind others that work on batches: TensorFlow's ops take no features of varying length.
+  """
+
+  def apply(batch, keys):
+    del keys
+    values = feature(batch, key)
+    rows = [np.asarray(row) for row in values]
+    if any(row.ndim == 0 or row.dtype.kind not in "biuf" for row in rows):
+      raise UserError(f"{key!r} is not a feature of numbers of varying length.")
+    if not rows:
+      return batch
+    padded = np.full((len(rows), length, *rows[0].shape[1:]), value, rows[0].dtype)
+    for i, row in enumerate(rows):
+      padded[i, : min(len(row), length)] = row[:length]
+    return {**batch, key: padded}
+
+  return apply
+
+
+@array_op
 def one_hot(num_classes: int, key: str = "label"):
   """Turns class numbers [B, ...] into float32 [B, ..., num_classes] with a one at the class."""
   if num_classes < 1:

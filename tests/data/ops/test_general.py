@@ -63,6 +63,17 @@ def test_flatten_of_an_empty_batch_keeps_the_width():
   assert run("flatten", {"image": np.zeros((0, 3, 4))})["image"].shape == (0, 12)
 
 
+def test_pad_to_makes_one_array_of_rows_of_varying_length():
+  rows = np.empty(3, object)
+  for i, count in enumerate((0, 3, 1)):
+    rows[i] = np.full((count, 2), i, np.float32)
+  padded = run("pad_to('boxes', 2, value=-1)", {"boxes": rows})["boxes"]
+  assert padded.dtype == np.float32
+  np.testing.assert_array_equal(padded[..., 0], [[-1, -1], [1, 1], [2, -1]])
+  with pytest.raises(UserError, match="not a feature of numbers of varying length"):
+    run("pad_to('text', 2)", {"text": np.array([b"a"], object)})
+
+
 def test_one_hot_of_classes_and_of_a_map_of_classes(batch):
   np.testing.assert_array_equal(run("one_hot(3)", batch)["label"], [[0, 1, 0], [1, 0, 0]])
   assert run("one_hot(3)", batch)["label"].dtype == np.float32
