@@ -1,0 +1,120 @@
+"""Prepare datasets on disk: TFDS's own, a folder of images, local files; list what is there."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from typing import Any
+
+from bigjax import config as configs
+from bigjax.data import prepare, tfds
+from bigjax.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser(prog="bigjax data", description=__doc__, allow_abbrev=False)
+  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+  one = commands.add_parser("list", help="the datasets of a folder", allow_abbrev=False)
+  one.add_argument("--data_dir", help="folder of the datasets; otherwise $TFDS_DATA_DIR, else ~/tensorflow_datasets")
+  kinds = commands.add_parser("prepare", help="make one", allow_abbrev=False)
+  kinds = kinds.add_subparsers(dest="kind", required=True, metavar="KIND")
+
+  def add(name: str, text: str) -> argparse.ArgumentParser:
+    kind = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
+    kind.add_argument("--data_dir", help="folder of the datasets; otherwise $TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    kind.add_argument("--file_format", default="array_record", choices=["array_record", "tfrecord"])
+    return kind
+
+  one = add("tfds", "Download one of TFDS's datasets and prepare it.")
+  one.add_argument("dataset", help="TFDS's name, such as mnist, glue/sst2 or imagenet2012:5.1.0")
+  one.add_argument("--manual_dir", help="where the files are that TFDS may not download")
+
+  one = add(
+    "images", "Make a dataset from a folder with a folder of images for each class, or train/ and test/ of these."
+  )
+  one.add_argument("folder")
+  one.add_argument("--name", required=True, help="of the dataset to make")
+  one.add_argument("--version", default="1.0.0")
+  one.add_argument("--test", type=float, default=0.0, metavar="PART", help="of each class to hold out, such as 0.1")
+
+  text = (
+    "Make a dataset from local files (IDX, CSV, parquet, npz, npy), read as by the source `arrays`, whose arguments "
+  )
+  one = add("files", text + "are flags: --label=species, --drop=\"('id',)\".")
+  text = (
+    "train=train.csv test=test.csv, train=images.idx,labels.idx, or parts: train=all.csv[:80%%] test=all.csv[80%%:]"
+  )
+  one.add_argument("files", nargs="+", metavar="SPLIT=FILE", help=text)
+  one.add_argument("--name", required=True, help="of the dataset to make")
+  one.add_argument("--version", default="1.0.0")
+  args, options = parser.parse_known_args(argv)
+  if options and getattr(args, "kind", None) != "files":
+    parser.error(f"unrecognized arguments: {' '.join(options)}")
+  return _list(args) if args.command == "list" else _prepare(args, options)
+
+
+def _list(args: argparse.Namespace) -> int:
+  found = tfds.prepared(args.data_dir)
+  width = max(map(len, found), default=0)
+  print("\n".join(f"{name:<{width}}  {what}" for name, what in found.items()) or "none", end="")
+  print(f"\n{len(found)} dataset{'s' * (len(found) != 1)} in {tfds.folder(args.data_dir)}")
+  return 0
+
+
+def _prepare(args: argparse.Namespace, options: list[str]) -> int:
+  where = {"data_dir": args.data_dir, "file_format": args.file_format}
+  if args.kind == "tfds":
+    made = prepare.from_tfds(args.dataset, manual_dir=args.manual_dir, **where)
+  elif args.kind == "images":
+    made = prepare.from_images(args.folder, dataset=args.name, version=args.version, test=args.test, **where)
+  else:
+    sources = _sources(args.files, options)
+    made = prepare.from_sources(sources, dataset=args.name, version=args.version, **where)
+  _tell(made, args.data_dir)
+  return 0
+
+
+def _sources(items: list[str], options: list[str]) -> dict[str, Any]:
+  """Opens each SPLIT=FILE[PART] by the source `arrays`; its other arguments are flags, --key=value."""
+  arguments = {}
+  for option in options:
+    key, equals, value = option.removeprefix("--").partition("=")
+    if not option.startswith("--") or not equals or key in ("path", "split"):
+      raise UserError(f"{option!r} is not understood: write SPLIT=FILE, or --key=value for an argument of `arrays`.")
+    arguments[key] = _literal(value)
+  sources = {}
+  for item in items:
+    name, equals, rest = item.partition("=")
+    paths, part = re.fullmatch(r"(.*?)(\[[-%\d]*:[-%\d]*\])?", rest).groups()
+    if not equals or not paths:
+      raise UserError(f"{item!r} is not SPLIT=FILE, such as train={item.strip('=')}.")
+    if name in sources:
+      raise UserError(f"the split {name!r} is given twice.")
+    spec = {"name": "arrays", "path": tuple(paths.split(",")), "split": f"train{part or ''}", **arguments}
+    sources[name] = configs.component("data", spec, "files")()
+  return sources
+
+
+def _literal(value: str) -> Any:
+  try:
+    return ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    return value
+
+
+def _tell(made: prepare.Prepared, data_dir: str | None) -> None:
+  if made.ignored:
+    shown = ", ".join(made.ignored[:5]) + (", ..." if len(made.ignored) > 5 else "")
+    print(f"Left out {len(made.ignored)} files that are no images: {shown}")
+  splits = ", ".join(f"{name} {count:,}" for name, count in made.splits.items())
+  print(f"{made.dataset} in {made.data_dir}: {splits} examples ({made.file_format})")
+  width = max(map(len, made.features))
+  print("\n".join(f"  {name:<{width}}  {what}" for name, what in made.features.items()))
+  where = f", data_dir={made.data_dir!r}" if data_dir else ""
+  encoded = [name for name, what in made.features.items() if what.startswith("Image(")]
+  decode = "|".join("decode" if name == "image" else f"decode(key={name!r})" for name in encoded)
+  preprocess = f', preprocess="{decode}|..."' if decode else ""
+  split = next(iter(made.splits))
+  print("In a config:")
+  print(f'  config.data = dict(source=dict(name="tfds", dataset="{made.dataset}", split="{split}"{where}){preprocess})')
