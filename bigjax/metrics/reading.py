@@ -6,6 +6,7 @@ The last part says what was measured, the parts before it on what.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -46,6 +47,7 @@ def parsed_lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     yield row, line + b"\n"
 
 
+@functools.cache
 def direction(name: str) -> str | None:
   """`"min"` or `"max"`: which way a metric called `name` gets better; None if its last part does not tell."""
   words = set(name.rsplit("/", 1)[-1].lower().replace("-", "_").split("_"))
@@ -58,6 +60,7 @@ _LOWER = frozenset("loss error perplexity mse mae rmse nll entropy wer cer brier
 _HIGHER = frozenset("accuracy acc precision recall f1 r2 auc top top1 top5 bleu rouge ssim psnr iou map score".split())
 
 
+@functools.cache
 def is_timing(name: str) -> bool:
   """Whether a metric called `name` tells about the machine's speed, so that two equal runs may differ in it."""
   return bool(set(name.rsplit("/", 1)[-1].lower().split("_")) & _TIMING)
@@ -66,6 +69,7 @@ def is_timing(name: str) -> bool:
 _TIMING = frozenset("second seconds sec ms time elapsed eta mfu goodput throughput".split())
 
 
+@functools.cache
 def is_per_class(name: str) -> bool:
   """Whether `name` is one class's share of a metric, such as `test/recall/3` or `test/precision/cat`."""
   parent, _, last = name.rpartition("/")
@@ -84,8 +88,8 @@ def best_and_last(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int 
         continue
       entry = table.setdefault(name, {})
       entry["last"], entry["last_step"] = value, row["step"]
-      better = {"min": value < entry.get("best", math.inf), "max": value > entry.get("best", -math.inf)}
-      if better.get(direction(name), False):
+      sign = {"min": -1, "max": 1, None: 0}[direction(name)]
+      if sign and sign * value > sign * entry.get("best", -sign * math.inf):
         entry["best"], entry["best_step"] = value, row["step"]
   return table
 

@@ -80,7 +80,7 @@ def _alerts(run: Run) -> list[Markup]:
 
 
 def _tiles(run: Run) -> Markup | None:
-  table, tiles = run.table(), []
+  table, tiles = run.table, []
 
   def add(value, label, cls=None):
     tiles.append(element("div", element("b", value, cls=cls), element("span", label), cls="tile"))
@@ -155,7 +155,7 @@ def _colour(run: Run, label: str) -> str:
 
 
 def _last_and_best(run: Run) -> Markup | None:
-  table = run.table()
+  table = run.table
   groups: dict[str, list[tuple[str, str]]] = {}
   for name in table:
     label, base = split_name(name, run.evals)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ class Series:
   steps: list[int]
   values: list[float]  # NaN where it was not finite
 
-  @property
+  @functools.cached_property
   def finite(self) -> tuple[list[int], list[float]]:
     kept = [(step, value) for step, value in zip(self.steps, self.values, strict=True) if math.isfinite(value)]
     return [step for step, _ in kept], [value for _, value in kept]
@@ -58,6 +59,8 @@ class Run:
   facts: Mapping[str, Any]  # run.json
   parameters: list[Mapping[str, Any]]
   panels: tuple[Panel, ...]
+  table: Mapping[str, Mapping[str, int | float]]  # best and last value of each metric
+  evals: tuple[str, ...]  # the names of the evaluations
   labels: tuple[str, ...]  # of all series, "train" first; their order is that of the colours
 
   @classmethod
@@ -74,10 +77,12 @@ class Run:
       if not isinstance(found[name], kind):
         raise UserError(f"{workdir / name}.json should hold a JSON {kind.__name__}; mend it or remove it.")
     rows = read_rows(workdir)
-    panels = sort_into_panels(rows, evals_of(rows, found["config"]))
+    evals = evals_of(rows, found["config"])
+    panels = sort_into_panels(rows, evals)
     labels = dict.fromkeys(series.label for panel in panels for series in panel.series)
     labels = tuple(sorted(labels, key=lambda label: label != "train"))
-    return cls(workdir, rows, found["config"], found["run"], found["parameters"], panels, labels)
+    facts = {"rows": rows, "config": found["config"], "facts": found["run"], "parameters": found["parameters"]}
+    return cls(workdir=workdir, panels=panels, table=best_and_last(rows), evals=evals, labels=labels, **facts)
 
   @property
   def name(self) -> str:
@@ -87,14 +92,6 @@ class Run:
   def steps(self) -> tuple[int, int]:
     """The first and the last step that anything was measured at."""
     return min(row["step"] for row in self.rows), max(row["step"] for row in self.rows)
-
-  @property
-  def evals(self) -> tuple[str, ...]:
-    return evals_of(self.rows, self.config)
-
-  def table(self) -> dict[str, dict[str, int | float]]:
-    """Best and last value of each metric."""
-    return best_and_last(self.rows)
 
   def last(self, name: str) -> tuple[int, Any] | None:
     """The step and value of the newest row that has `name`."""
