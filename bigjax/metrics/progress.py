@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from bigjax.metrics.reading import direction, format_seconds, format_value, is_per_class, is_timing
+from bigjax.metrics.reading import direction, format_rate, format_seconds, format_value, is_per_class, is_timing
 
 
 class Progress:
@@ -101,6 +101,9 @@ class Progress:
       yield
     finally:
       self._switch(before, self._clock())
+      # What was found meanwhile is about to come: a line before it would be out of date at once.
+      if name not in _TRAINING and not self._in_place:
+        self._next_draw = max(self._next_draw, self._since + 1.0)
 
   def breakdown(self) -> dict[str, float]:
     """Seconds by what they were spent on; they add up to the time since the start."""
@@ -143,8 +146,8 @@ class Progress:
 
   def _speed(self, rate: float) -> tuple[str, str]:
     milliseconds = 1000 / rate
-    a_step = f"{format_value(_three(milliseconds))} ms" if milliseconds < 10_000 else f"{milliseconds / 1000:.1f} s"
-    return f"{format_value(_three(rate * self.batch_size))} {self.unit}/s", f"{a_step}/step"
+    a_step = f"{format_rate(milliseconds)} ms" if milliseconds < 10_000 else f"{milliseconds / 1000:.1f} s"
+    return f"{format_rate(rate * self.batch_size)} {self.unit}/s", f"{a_step}/step"
 
   def _draw(self, now: float) -> None:
     if self._stream is None:
@@ -177,7 +180,7 @@ class Progress:
       if self._bucket not in _TRAINING:
         tail.append(f"[{self._bucket}]")
     shown = {name: v for name, v in self._metrics.items() if not (is_timing(name) or isinstance(v, list))}
-    names = sorted((name for name in shown if not is_per_class(name)), key=lambda name: name != "loss")
+    names = sorted((name for name in shown if not is_per_class(name)), key=_rank)
     line = ""
     for note in [*self._note, ""]:
       for count in range(len(names), -1 if not note else min(1, len(names)) - 1, -1):
@@ -218,10 +221,9 @@ def _width(stream: io.TextIOBase) -> int:
     return 119
 
 
+def _rank(name: str) -> tuple[bool, bool]:
+  return name != "loss", direction(name) is None
+
+
 def _pairs(values: Mapping[str, Any]) -> str:
   return "  ".join(f"{name} {format_value(value)}" for name, value in values.items())
-
-
-def _three(value: float) -> float:
-  """Three significant digits: more of a speed is noise. Whole thousands keep theirs."""
-  return value if value >= 1000 else float(f"{value:.3g}")

@@ -107,6 +107,11 @@ def format_value(value: int | float) -> str:
   return f"{value:,.0f}" if size >= 999.95 else f"{value:.4g}"
 
 
+def format_rate(value: int | float) -> str:
+  """Three significant digits, or all before the point: more of a speed is noise."""
+  return format_value(value if value >= 1000 else float(f"{value:.3g}"))
+
+
 def format_seconds(seconds: int | float) -> str:
   """`0:32`, `1:02:03`, `2d 03:04:05`."""
   days, clock = divmod(max(0, round(seconds)), 86400)
@@ -194,15 +199,17 @@ def _headline(run: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     text += f" in {format_seconds(sum(run['seconds'].values()))}"
   measured = speed(run, config)
   if "examples_per_second" in measured:
-    text += f", {format_value(round(measured['examples_per_second'], 1))} examples/s"
+    text += f", {format_rate(measured['examples_per_second'])} examples/s"
   if "milliseconds_per_step" in measured:
-    text += f", {measured['milliseconds_per_step']:.3g} ms/step"
+    text += f", {format_rate(measured['milliseconds_per_step'])} ms/step"
   return text
 
 
 def _metric_lines(table: Mapping[str, Mapping[str, int | float]]) -> list[str]:
   cells = [("", "last", "best", "at step")]
-  for name, entry in table.items():
+  # The training loss first; what has no better and no worse, such as the learning rate, last.
+  rank = lambda name: (direction(name) is None, "/" in name, name != "loss")
+  for name, entry in sorted(table.items(), key=lambda item: rank(item[0])):
     best = (format_value(entry["best"]), f"{entry['best_step']:,}") if "best" in entry else ("", "")
     cells.append((name, format_value(entry["last"]), *best))
   if len(cells) == 1:

@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bigjax.metrics.reading import EVENTS, claim_outcome, direction, format_seconds, format_value, is_per_class, speed
+from bigjax.metrics.reading import (
+  EVENTS,
+  claim_outcome,
+  direction,
+  format_rate,
+  format_seconds,
+  format_value,
+  is_per_class,
+  speed,
+)
 from bigjax.report import confusion, curves
 from bigjax.report.markup import Markup, element, fragment
 from bigjax.report.run import Run, split_name
@@ -106,8 +115,8 @@ def _tiles(run: Run) -> Markup | None:
     add(format_seconds(sum(seconds.values())), "wall time" if len(run.facts.get("starts", [])) <= 1 else "last start")
   measured = speed(run.facts, run.config)
   if "examples_per_second" in measured:
-    per_step = f"examples/s at {measured['milliseconds_per_step']:.3g} ms a step"
-    add(format_value(round(measured["examples_per_second"])), per_step)
+    per_step = f"examples/s at {format_rate(measured['milliseconds_per_step'])} ms a step"
+    add(format_rate(measured["examples_per_second"]), per_step)
   if count := _parameter_count(run):
     add(_compact(count), "parameters")
   return element("div", tiles, cls="tiles") if tiles else None
@@ -164,7 +173,7 @@ def _last_and_best(run: Run) -> Markup | None:
   for label in sorted(groups, key=lambda label: label == "train"):
     dot = element("i", style=f"background:{_colour(run, label)}")
     lines.append(element("tr", element("th", dot, label, cls="group", colspan=4, scope="rowgroup")))
-    for base, name in groups[label]:
+    for base, name in sorted(groups[label], key=lambda item: direction(item[1]) is None):
       entry = table[name]
       best = [format_value(entry["best"]), f"{entry['best_step']:,}"] if "best" in entry else ["", ""]
       cells = [element("td", cell, cls=cls) for cell, cls in zip(best, ("num best", "num soft"), strict=True)]
