@@ -111,29 +111,30 @@ class Batches:
   """An iterator that can be closed from any thread, which ends its workers."""
 
   def __init__(self, generator: Iterator[dict[str, np.ndarray]]):
-    self._generator = generator
-    self._lock = threading.Lock()
-    self._closed = False
+    self._generator, self._lock, self._closed = generator, threading.Lock(), threading.Event()
+    # Also when this object is forgotten, and before the interpreter takes itself apart.
+    self.close = weakref.finalize(self, _close, generator, self._lock, self._closed)
 
   def __iter__(self):
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
     with self._lock:
-      if self._closed:
+      if self._closed.is_set():
         raise StopIteration
       return next(self._generator)
-
-  def close(self):
-    self._closed = True
-    with self._lock:
-      self._generator.close()
 
   def __enter__(self):
     return self
 
   def __exit__(self, *exc):
     self.close()
+
+
+def _close(generator, lock, closed):
+  closed.set()
+  with lock:
+    generator.close()
 
 
 class Ahead:
@@ -241,7 +242,7 @@ def _with_threads(plan, ops, start_step, prefetch, workers):
 
   def make(examples):
     epochs, ids, mask = examples
-    return _apply(ops, 0, plan.source.fetch(ids), plan.keys(epochs, ids)) | {"mask": mask}
+    return _apply(ops, 0, plan, epochs, ids, plan.source.fetch(ids)) | {"mask": mask}
 
   return _in_order(make, _planned(plan, start_step), max(prefetch, workers), workers)
 
@@ -268,8 +269,9 @@ def _in_order(function, items, depth, workers):
     pool.shutdown(cancel_futures=True)
 
 
-def _apply(ops, start, batch, keys):
+def _apply(ops, start, plan, epochs, ids, batch):
   """Runs the array ops from place `start` of `ops` on; an op's place sets its draws apart from its neighbours'."""
+  keys = plan.keys(epochs, ids) if ops[start:] else None
   for place in range(start, len(ops)):
     batch = ops[place].apply(batch, order.fold(keys, place))
   return batch
@@ -283,7 +285,7 @@ def _with_tensorflow(plan, ops, start_step, prefetch, workers):
 
   def finish(item):
     (epochs, ids, mask), batch = item
-    return _apply(ops, rest, batch, plan.keys(epochs, ids)) | {"mask": mask}
+    return _apply(ops, rest, plan, epochs, ids, batch) | {"mask": mask}
 
   with contextlib.closing(tfdata.batches(plan, ops[:rest], start_step)) as made:
     yield from _in_order(finish, zip(_planned(plan, start_step), made), prefetch, workers)

@@ -1,5 +1,7 @@
 import gc
 import itertools
+import subprocess
+import sys
 import threading
 import time
 
@@ -241,3 +243,18 @@ def test_what_can_not_be_a_batch_is_told():
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   with pytest.raises(UserError, match="'name' as text"):
     next(pipeline.to_device(pipeline.eval_batches(Names(4), batch_size=4), sharding))
+
+
+def test_a_program_that_closes_nothing_ends_quietly():
+  program = """
+import jax
+from bigjax.data import pipeline, synthetic
+source = synthetic.make("linear", num_examples=10)
+left = pipeline.train_batches(source, batch_size=2, seed=0)
+next(left)
+batches = pipeline.train_batches(source, batch_size=2, seed=0)
+on_device = pipeline.to_device(batches, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+print(sorted(next(on_device)))
+"""
+  ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+  assert (ended.returncode, ended.stdout, ended.stderr) == (0, "['mask', 'target', 'x']\n", "")
