@@ -46,15 +46,13 @@ def locate(path: str, hint: str = "") -> str:
   if not path.startswith("package:"):
     found = os.path.expanduser(path)
     if not os.path.isfile(found):
-      raise UserError(f"path: there is no file {found!r}.{' ' + hint if hint else ''}")
+      raise UserError(f"path: there is no file {found!r}{': ' + hint if hint else '.'}")
     return found
   package, _, file = path.removeprefix("package:").partition("/")
   spec = importlib.util.find_spec(package) if package.isidentifier() else None
   if spec is None or not spec.submodule_search_locations:
-    name = {"sklearn": "scikit-learn"}.get(package, package)
-    raise UserError(
-      f"path: {path!r} needs the Python package {package!r}: pip install {name}.{' ' + hint if hint else ''}"
-    )
+    remedy = hint or f"pip install {dict(sklearn='scikit-learn').get(package, package)}"
+    raise UserError(f"path: {path!r} needs the Python package {package!r}: {remedy}")
   for folder in spec.submodule_search_locations:
     if os.path.isfile(os.path.join(folder, file)):
       return os.path.join(folder, file)

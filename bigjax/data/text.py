@@ -83,7 +83,7 @@ def _files(paths, hint):
     path = os.path.expanduser(path)
     files = [path] if os.path.isfile(path) else sorted(f for f in glob.glob(path, recursive=True) if os.path.isfile(f))
     if not files:
-      raise UserError(f"path: there is no file {path!r}.{' ' + hint if hint else ''}")
+      raise UserError(f"path: there is no file {path!r}{': ' + hint if hint else '.'}")
     yield from files
 
 

@@ -114,6 +114,11 @@ class _Work:
     features = self.plan.source.fetch(ids)
     for place, op in enumerate(self.head):
       features = op.apply(features, order.fold(keys, place))
+    for name, values in features.items():
+      if values.dtype == object and not isinstance(values[0], bytes | str):
+        raise UserError(
+          f"preprocess: {name!r} has another shape in every example: begin with drop({name!r}) or keep(...)."
+        )
     seeds = np.stack([order.fold(keys, self.first + i) for i in range(len(self.body))], axis=1)
     return {k: _plain(v) for k, v in features.items()}, seeds.view(np.int32).reshape(len(places), -1, 2)
 

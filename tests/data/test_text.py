@@ -82,8 +82,8 @@ def test_a_text_that_gives_no_windows_says_why(tmp_path, kwargs, message):
 
 
 def test_files_that_can_not_be_read_say_so(tmp_path):
-  with pytest.raises(UserError, match=r"no file .*x\.txt'. See github karpathy/char-rnn"):
-    text.make(str(tmp_path / "x.txt"), block=2, hint="See github karpathy/char-rnn.")
+  with pytest.raises(UserError, match=r"no file .*x\.txt': see github karpathy/char-rnn"):
+    text.make(str(tmp_path / "x.txt"), block=2, hint="see github karpathy/char-rnn.")
   with pytest.raises(UserError, match=r"is not utf-8 at byte 2; set encoding, such as 'latin-1'"):
     text.make(write(tmp_path / "l.txt", "olé olé", "latin-1"), block=2)
   assert decoded(text.make(str(tmp_path / "l.txt"), block=2, encoding="latin-1"), [0]) == ["olé"]

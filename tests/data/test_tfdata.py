@@ -157,6 +157,18 @@ def test_images_of_many_sizes_make_no_batch():
     train(Files(20, size=lambda i: (16, 12) if i == 7 else (12, 16)), 4, "decode")
 
 
+def test_features_of_any_length_are_left_out():
+  class Boxes(Files):
+    def fetch(self, ids):
+      boxes = np.empty(len(ids), object)
+      boxes[:] = [np.zeros((i % 3, 4)) for i in ids]
+      return super().fetch(ids) | {"boxes": boxes}
+
+  with pytest.raises(UserError, match=r"'boxes' has another shape in every example: begin with drop\('boxes'\)"):
+    train(Boxes(20), 1)
+  assert train(Boxes(20), 1, f"drop('boxes')|{CROP}")[0]["image"].shape == (6, 8, 8, 3)
+
+
 def test_what_a_source_raises_is_raised_as_it_was():
   class Broken(Files):
     def fetch(self, ids):
