@@ -48,9 +48,21 @@ class Component:
   name: str
   factory: Callable[..., Any]
   kwargs: Mapping[str, Any]
+  where: str  # Its place in the config, for messages.
 
   def __call__(self, *args, **kwargs):
-    return self.factory(*args, **{k: _built(v) for k, v in self.kwargs.items()}, **kwargs)
+    try:
+      return self.factory(*args, **{k: _built(v) for k, v in self.kwargs.items()}, **kwargs)
+    except UserError as e:
+      raise UserError(self.located(str(e))) from e
+
+  def located(self, message: str) -> str:
+    """Returns a component's own complaint, such as "heads: ..." or "model.heads: ...", with its place in the config."""
+    if message.startswith("config."):
+      return message
+    short = message.removeprefix(f"{self.kind.removesuffix('s')}.").removeprefix("source.")
+    separator = "." if short.partition(":")[0] in inspect.signature(self.factory).parameters else ": "
+    return f"{self.where}{separator}{short}"
 
 
 def _built(value):
@@ -196,7 +208,7 @@ def component(kind: str, spec: Any, where: str) -> Component:
   missing = [n for n, p in accepted.items() if p.default is p.empty and n not in kwargs and not streams]
   if missing:
     raise UserError(f"{where} ({name}) is missing {', '.join(repr(n) for n in missing)}.")
-  return Component(kind, name, factory, types.MappingProxyType(kwargs))
+  return Component(kind, name, factory, types.MappingProxyType(kwargs), where)
 
 
 def load(kind: str, name: str, where: str = "config") -> Callable[..., Any]:

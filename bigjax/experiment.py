@@ -51,7 +51,7 @@ class EvalConfig:
   data: DataConfig
   every: Duration = "1 epoch"  # How often; the last step is always measured.
   batch_size: int | None = None  # Examples a batch; None: as in training.
-  extra_data: dict[str, DataConfig] = dataclasses.field(
+  extra_data: Mapping[str, DataConfig] = dataclasses.field(
     default_factory=dict
   )  # Further finite streams, by the evaluator's argument.
 
@@ -138,12 +138,12 @@ class TrainConfig:
   sharding: tuple[tuple[Regex, str], ...] = ((".*", "replicate"),)  # "replicate", "fsdp(data)", "split(tensor,-1)".
 
   # What is measured, kept and shown.
-  evals: dict[str, EvalConfig] = dataclasses.field(default_factory=dict)
+  evals: Mapping[str, EvalConfig] = dataclasses.field(default_factory=dict)
   log_every: Duration = 50
   checkpoint_every: Duration = "20%"  # The last step is always saved.
   keep: KeepConfig = KeepConfig()
   early_stop: StopConfig | None = None
-  writers: tuple[Literal["jsonl", "csv", "tensorboard"], ...] = ("jsonl", "csv", "tensorboard")
+  writers: tuple[Literal["jsonl", "csv", "tensorboard", "console"], ...] = ("jsonl", "csv", "tensorboard")
   claim: ClaimConfig | None = None
 
 
@@ -284,8 +284,8 @@ def _trace(model, task, params, extras, batch):
 
   try:
     return jax.eval_shape(loss_and_outputs, params, extras, batch, jax.eval_shape(lambda: jax.random.key(0)))
-  except UserError:
-    raise
+  except UserError as e:
+    raise UserError(model.build.located(str(e)) if str(e).startswith("model.") else str(e)) from e
   except KeyError as e:
     has = ", ".join(map(repr, batch))
     raise UserError(f"config.task wants {e} in a batch, which has {has}; name or rename it in data.preprocess.") from e

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
   except KeyboardInterrupt:
     print(f"bigjax {argv[0]}: interrupted", file=sys.stderr)
     return 130
-  except FloatingPointError as e:
+  except (FloatingPointError, OSError) as e:
     print(f"bigjax {argv[0]}: {e}", file=sys.stderr)
     return 1
 

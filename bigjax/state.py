@@ -20,9 +20,9 @@ PyTree = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """All that training changes."""
+  """All that training changes; leaves are arrays, or shapes or shardings where a state stands for those."""
 
-  step: jax.Array  # Updates made so far, int32.
+  step: Any  # Updates made so far, int32.
   params: PyTree  # What the optimizer trains, float32.
   extras: PyTree  # What the model keeps besides, such as batch statistics.
   opt_state: PyTree

@@ -50,7 +50,9 @@ def train(config: TrainConfig, workdir: str) -> str:
     writers = stack.enter_context(
       metrics.Writers(workdir, config.writers, resume_step=first, primary=jax.process_index() == 0)
     )
-    progress = stack.enter_context(metrics.Progress(run.total_steps, first, config.batch_size))
+    progress = stack.enter_context(
+      metrics.Progress(run.total_steps, first, config.batch_size, quiet=jax.process_index() != 0)
+    )
     interrupt = stack.enter_context(Interrupt())
 
     step_fn = make_step(run)
@@ -94,7 +96,8 @@ def train(config: TrainConfig, workdir: str) -> str:
       checkpoints.wait()
     writers.flush()
     progress.close()
-    record.finish(workdir, status, step=int(state.step), seconds=progress.breakdown(), best=watch.to_json())
+    spent = dict(seconds=progress.breakdown(), steps_per_second=progress.steps_per_second())
+    record.finish(workdir, status, step=int(state.step), best=watch.to_json(), **spent)
   return status
 
 
@@ -144,7 +147,7 @@ def make_step(run: Experiment):
     updates, opt_state = tx.update(grads, state.opt_state, state.params, value=means["loss"], grad_fn=again)
     params = optax.apply_updates(state.params, updates)
     rates = {f"learning_rate{name}": rate for name, rate in run.optimizer.rates(opt_state, state.step).items()}
-    measured = means | rates | {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+    measured = means | rates | {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
     return states.TrainState(state.step + 1, params, extras, opt_state), measured
 
   return step

@@ -23,7 +23,7 @@ TINY = dict(
   ),
   model=dict(name="mlp", in_features=16, widths=(8,), num_outputs=3, dropout=0.2),
   task=dict(name="classification"),
-  optimizer=dict(name="adamw"),
+  optimizer=dict(name="adamw", weight_decay=0.0),
   schedule=dict(name="cosine", peak=1e-2, warmup="10%"),
   decay=[(".*kernel", 0.1)],
   clip=dict(norm=1.0),

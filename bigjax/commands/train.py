@@ -36,8 +36,9 @@ def main(argv: list[str]) -> int:
 
 def after(workdir: str, status: str) -> int:
   """Writes the report, tells the person what came out, and returns the exit code."""
-  from bigjax import metrics, train
+  from bigjax import metrics, report, train
 
+  report.write_report(workdir)
   print(metrics.summary(workdir))
   return train.STOPPED if status == "stopped" else 0
 

@@ -34,7 +34,7 @@ def mask(batch: Mapping, like: Array) -> Array:
 
 
 def check_range(batch: Mapping[str, np.ndarray], name: str, classes: int) -> None:
-  """Raises `UserError` if an integer feature of a NumPy batch lies outside 0 to classes - 1; padding isn't looked at."""
+  """Raises `UserError` if an integer feature of a NumPy batch lies outside 0 to classes - 1, padding apart."""
   values = np.asarray(batch[name])
   if not np.issubdtype(values.dtype, np.integer) or not values.size or (values.min() >= 0 and values.max() < classes):
     return

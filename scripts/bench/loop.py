@@ -34,7 +34,7 @@ def config(steps, width):
       ),
       model=dict(name="mlp", in_features=784, widths=(width, width), num_outputs=10),
       task=dict(name="classification"),
-      optimizer=dict(name="adamw"),
+      optimizer=dict(name="adamw", weight_decay=0.0),
       schedule=dict(name="constant", peak=1e-4),
       log_every=50,
       checkpoint_every=steps,
