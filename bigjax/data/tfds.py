@@ -186,8 +186,8 @@ class _Parser:
     leaves = dict(_leaves(connector))
     self._names = names or tuple(sorted(stored))
     stack = {name: _stacking(leaves.get(name), stored[name], decoded.get(name)) for name in self._names}
-    self._stack = {name: function for name, function in stack.items() if function}
-    self._slow = [name for name, function in stack.items() if not function]
+    self._stack = {name: how for name, how in stack.items() if how}
+    self._slow = len(self._stack) < len(self._names)
     raw = {name: isinstance(leaves.get(name), tfds.features.Image) for name in stored}
     raw = {name: tfds.decode.SkipDecoding() if skip else None for name, skip in raw.items()}
     decoders = utils.pack_as_nest_dict(raw, connector.get_serialized_info())
@@ -196,44 +196,45 @@ class _Parser:
   def __call__(self, records: list[bytes]) -> dict[str, np.ndarray]:
     from tensorflow_datasets.proto import tf_example_pb2
 
-    values: dict[str, list] = {name: [] for name in self._names}
-    for record in records:
-      fields = tf_example_pb2.Example.FromString(record).features.feature
-      for name in self._stack:
-        kind = fields[name].WhichOneof("kind")
-        values[name].append(getattr(fields[name], kind).value if kind else ())
-      if self._slow:
-        example = self._decode(record)
-        for name in self._slow:
-          values[name].append(example[name])
-    return {name: self._stack.get(name, _objects)(found) for name, found in values.items()}
+    fields = [tf_example_pb2.Example.FromString(record).features.feature for record in records]
+    slow = [self._decode(record) for record in records] if self._slow else []
+    batch = {}
+    for name in self._names:
+      if name in self._stack:
+        kind, stack = self._stack[name]
+        batch[name] = stack([getattr(field[name], kind).value for field in fields])
+      else:
+        batch[name] = _objects([example[name] for example in slow])
+    return batch
 
 
-def _stacking(leaf: Any, stored: Any, decoded: Any) -> Callable[[list], np.ndarray] | None:
-  """Returns what makes an array of the stored values of a feature; None if it has to be decoded by TFDS."""
+def _stacking(leaf: Any, stored: Any, decoded: Any) -> tuple[str, Callable[[list], np.ndarray]] | None:
+  """Returns where the values of a feature are in an Example, and what makes an array of them for a batch.
+
+  None is for features that TFDS has to decode.
+  """
   import tensorflow_datasets as tfds
 
   shape, dtype = stored.shape, stored.np_dtype
   if isinstance(leaf, tfds.features.Image) and leaf.np_dtype == np.uint8:
-    return lambda values: _objects([v[0] for v in values])
+    return "bytes_list", lambda values: _objects([v[0] for v in values])
   # Only the attribute says it, and it is private; without it the feature is read slowly.
   if getattr(leaf, "_encoding", None) == tfds.features.Encoding.BYTES and None not in leaf.shape:
-    buffer = leaf.np_dtype
-    return lambda values: np.frombuffer(b"".join(v[0] for v in values), buffer).reshape(len(values), *leaf.shape)
+    return "bytes_list", lambda values: np.frombuffer(b"".join(v[0] for v in values), leaf.np_dtype).reshape(
+      len(values), *leaf.shape
+    )
   if stored != decoded or list(shape).count(None) > 1:
     return None
   if dtype == np.object_:
-    return (
-      (lambda values: _objects([np.array(list(v), object) for v in values]))
-      if shape
-      else (lambda values: _objects([v[0] for v in values]))
-    )
+    of_one = (lambda v: np.array(list(v), object)) if shape else (lambda v: v[0])
+    return "bytes_list", lambda values: _objects([of_one(v) for v in values])
+  kind = "float_list" if np.issubdtype(dtype, np.floating) else "int64_list"
   if None in shape:
     row = tuple(0 if n is None else n for n in shape), tuple(-1 if n is None else n for n in shape)
-    return lambda values: _objects([np.array(v, dtype).reshape(row[len(v) > 0]) for v in values])
+    return kind, lambda values: _objects([np.array(v, dtype).reshape(row[len(v) > 0]) for v in values])
   if not shape:
-    return lambda values: np.array([v[0] for v in values], dtype)
-  return lambda values: np.array([list(v) for v in values], dtype).reshape(len(values), *shape)
+    return kind, lambda values: np.array([v[0] for v in values], dtype)
+  return kind, lambda values: np.array([list(v) for v in values], dtype).reshape(len(values), *shape)
 
 
 def _objects(values: list) -> np.ndarray:

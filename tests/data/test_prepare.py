@@ -192,3 +192,37 @@ def test_grey_and_tiny_files_pass_the_check(tmp_path):
     (tmp_path / f"in/{kind}/1.{kind.lower()}").write_bytes(file.getvalue())
   made = prepare.from_images(str(tmp_path / "in"), dataset="kinds", data_dir=str(tmp_path / "tfds"))
   assert made.splits == {"train": 4}
+
+
+class Waves(tfds_library.core.GeneratorBasedBuilder):
+  """A dataset of TFDS's kind, as its catalogue has them; `fail` stands for what downloads meet."""
+
+  VERSION = tfds_library.core.Version("1.0.0")
+  MANUAL_DOWNLOAD_INSTRUCTIONS = "Put waves.npy there."
+  fail = None
+
+  def _info(self):
+    return tfds_library.core.DatasetInfo(builder=self, features=tfds_library.features.FeaturesDict({"x": np.float32}))
+
+  def _split_generators(self, dl_manager):
+    if self.fail:
+      raise self.fail
+    return {"train": self._generate_examples(dl_manager.manual_dir / "waves.npy")}
+
+  def _generate_examples(self, path):
+    yield from ((i, {"x": x}) for i, x in enumerate(np.load(path)))
+
+
+def test_a_dataset_of_tfds_is_prepared_by_its_own_code(tmp_path, capsys, monkeypatch):
+  arguments = ["prepare", "tfds", "waves", f"--data_dir={tmp_path}/tfds", f"--manual_dir={tmp_path}/manual"]
+  with pytest.raises(UserError, match="(?s)waves: .*Put waves.npy there.*name their folder by --manual_dir"):
+    data.main(arguments[:-1])
+  (tmp_path / "manual").mkdir()
+  np.save(tmp_path / "manual/waves.npy", np.sin(np.arange(9)))
+  monkeypatch.setattr(Waves, "fail", ConnectionError("Failed to resolve 'example.org'"))
+  with pytest.raises(UserError, match="(?s)waves can't be downloaded: .*example.org.*copy its folder into data_dir"):
+    data.main(arguments)
+  monkeypatch.setattr(Waves, "fail", None)
+  assert data.main(arguments) == 0
+  assert "waves:1.0.0 in" in capsys.readouterr().out
+  np.testing.assert_allclose(sorted(everything("waves", "train", tmp_path / "tfds")["x"]), sorted(np.sin(range(9))))

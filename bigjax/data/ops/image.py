@@ -4,6 +4,7 @@ Once images are of one size, the ops of `pixels.py` work on whole batches. Sizes
 [height, width, channel], as a rule uint8, and keeps its type.
 """
 
+import re
 from typing import Literal
 
 from bigjax.data.ops import example_op, feature
@@ -207,12 +208,11 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _resized(tf, image, size, method, antialias):
   resized = tf.image.resize(image, size, method=method, antialias=antialias)
-  if not image.dtype.is_floating:
-    # Rounded and kept within the type's range, which the cubic methods leave.
-    resized = tf.cast(tf.clip_by_value(tf.round(resized), image.dtype.min, image.dtype.max), image.dtype)
-  else:
-    resized = tf.cast(resized, image.dtype)
-  return resized
+  if image.dtype.is_floating or resized.dtype == image.dtype:
+    return tf.cast(resized, image.dtype)
+  if method not in ("bilinear", "area", "gaussian"):  # The others leave the range of the type.
+    resized = tf.clip_by_value(resized, image.dtype.min, image.dtype.max)
+  return tf.cast(tf.round(resized), image.dtype)
 
 
 def _encoded(tf, example, key):
@@ -239,7 +239,7 @@ def _decoding(tf, key, data, decoding):
     return decoding()
   except tf.errors.InvalidArgumentError as e:
     size = len(data.numpy())
-    reason = str(e.message).splitlines()[0]
+    reason = re.sub(r"\{\{.*?\}\}\s*|\s*\[Op:.*", "", str(e.message)).strip().rstrip(".")
     raise UserError(
       f"{key!r} is not a whole JPEG, PNG, GIF or BMP image ({size:,} bytes; {reason}). It was cut short or damaged: "
       "get the file again, or take it out, and prepare the dataset anew (`bigjax data prepare` finds such files)."
