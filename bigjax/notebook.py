@@ -42,6 +42,7 @@ class Loaded:
 def resolve(config: Any) -> experiment.TrainConfig:
   """Returns the checked config of a file (`"configs/digits_vit.py:arg"`), a `ConfigDict` or a dict."""
   config = configs.read(config) if isinstance(config, str) else config
+  config = config.to_dict() if hasattr(config, "to_dict") else config
   return configs.resolve(config, experiment.TrainConfig)
 
 
