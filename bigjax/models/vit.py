@@ -28,13 +28,7 @@ VARIANTS = {
 
 # Xavier as the paper's code has it, where query, key and value are three square kernels: by fan-in for the fused one.
 _XAVIER = nnx.initializers.xavier_uniform()
-INIT = layers.BlockInit(
-  qkv=nnx.initializers.lecun_uniform(),
-  out=_XAVIER,
-  up=_XAVIER,
-  down=_XAVIER,
-  mlp_bias=nnx.initializers.normal(1e-6),
-)
+INIT = layers.BlockInit(qkv=nnx.initializers.lecun_uniform(), out=_XAVIER, up=_XAVIER, down=_XAVIER)
 
 
 class AttentionPool(nnx.Module):
