@@ -134,7 +134,8 @@ def _override(config, overrides):
     )
     rest = values(argv)[1:]
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError) as e:
-    raise UserError(f"{' '.join(overrides)}: {e}") from e
+    said = " ".join(str(e.args[0] if e.args else e).split())  # A KeyError's own text is quoted once more.
+    raise UserError(f"{' '.join(overrides)}: {said}") from e
   if rest:
     raise UserError(f"Unexpected argument {rest[0]!r}; overrides look like --config.batch_size=64.")
   return config
@@ -167,8 +168,8 @@ def parse_arg(arg: str | None, **defaults):
 # Resolving
 
 
-def resolve(config: Mapping[str, Any], cls: type, where: str = "config"):
-  """Builds the frozen dataclass `cls` from `config`; every key must be known, every value of its type."""
+def resolve(config: Any, cls: type, where: str = "config"):
+  """Builds the frozen dataclass `cls` from a dict or `ConfigDict`; every key must be known, every value of its type."""
   if not isinstance(config, Mapping) and not hasattr(config, "items"):
     raise UserError(f"{where} must be a dict of {', '.join(f.name for f in dataclasses.fields(cls))}, not {config!r}.")
   fields = {f.name: f for f in dataclasses.fields(cls)}

@@ -29,10 +29,7 @@ Regex = str
 
 def preprocess(value: str, where: str) -> None:
   """Checks a string of ops."""
-  try:
-    ops.parse(value)
-  except UserError as e:
-    raise UserError(f"{where}: {e}") from None
+  ops.parse(value, where)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,7 +162,6 @@ class Stream:
   def spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a batch."""
     one = pipeline.spec(self.source, self.preprocess)
-    one = {"mask": jax.ShapeDtypeStruct((), jnp.float32)} | one
     return {k: jax.ShapeDtypeStruct((batch_size, *v.shape), v.dtype) for k, v in one.items()}
 
 

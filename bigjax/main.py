@@ -59,7 +59,7 @@ def _load(name):
 
 
 def _quiet():
-  """What libraries log is for their authors; a person set otherwise by these variables is left alone."""
+  """What libraries log is for their authors, unless these variables say otherwise; JAX would set the first itself."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -23,7 +23,7 @@ def get_config(arg=None):
     return dict(name="arrays", path=files, num_classes=10, shape=(28, 28, 1), hint="run scripts/local_data.sh data")
 
   config = ml_collections.ConfigDict()
-  config.total_steps = "15 epochs"
+  config.total_steps = "12 epochs"
   config.batch_size = 128
   config.data = dict(source=clothes("train"), preprocess=f"random_shift(2)|flip_lr|{STANDARDIZE}")
   config.model = dict(

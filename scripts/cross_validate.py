@@ -1,6 +1,6 @@
 """Trains one config on every fold and prints the mean of each final metric.
 
-Usage: python scripts/cross_validate.py --config=configs/binary_mlp.py --workdir=runs/binary_mlp [--folds=5] [--config.key=value ...]
+Usage: python scripts/cross_validate.py --config=configs/binary_mlp.py --workdir=runs/binary_mlp [--folds=5]
 
 The config file takes `fold` and `folds` as arguments, as configs/binary_mlp.py does. Each fold is a run of its own in
 WORKDIR/fold0, WORKDIR/fold1, ...; an unfinished one is gone on with.

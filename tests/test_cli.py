@@ -99,9 +99,9 @@ def test_repro_runs_it_again_to_the_bit(finished, tmp_path):
 @pytest.mark.parametrize(
   ("flags", "words"),
   [
-    (["--config.modle.width=3"], ["config.modle", "Did you mean 'model'"]),
+    (["--config.modle.width=3"], ["config.modle", 'Did you mean "model"']),
     (["--config.model.name=linaer"], ["config.model.name", "Did you mean 'linear'"]),
-    (["--config.batch_size=9"], ["config.batch_size", "multiple of"]),
+    (["--config.accumulate=3"], ["config.batch_size", "accumulate=3", "multiple of"]),
     (["--config.batch_size=many"], ["config.batch_size must be int, not 'many'"]),
     (["--config.total_steps=5 epoks"], ["config.total_steps", "epochs"]),
     (["--config.decay=[('.*krenel', 0.1)]"], ["config.decay", ".*krenel"]),

@@ -3,7 +3,7 @@
 Usage: python scripts/bench/loop.py [--steps=300] [--rounds=5]
 
 The whole of `bigjax.train.train` (input, progress, metrics, writers) is run on steps of 20 ms and more and compared
-with a bare `for` around the same compiled step on a batch that already lies on the device. Prints the median of the rounds.
+with a bare `for` around the same compiled step on a batch that already lies on the device. Prints the median ratio.
 """
 
 import argparse
