@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
   if argv[0] in ("-V", "--version"):
     print(f"bigjax {__version__}")
     return 0
-  _quiet()
+  quiet()
   try:
     return _load(argv[0])(argv[1:]) or 0
   except UserError as e:
@@ -58,7 +58,7 @@ def _load(name):
   return importlib.import_module(f"bigjax.commands.{name}").main
 
 
-def _quiet():
+def quiet():
   """What libraries log is for their authors, unless these variables say otherwise; JAX would set the first itself."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from bigjax import config as configs
-from bigjax import experiment, record, train
+from bigjax import experiment, main, record, train
 from bigjax.checkpoint import Checkpoints
 from bigjax.errors import UserError
 from bigjax.state import TrainState
@@ -50,12 +50,14 @@ def run(config: Any, workdir: str) -> Loaded:
   """Trains `config` (as `resolve` takes it) in `workdir`, or goes on there, and returns the run."""
   from bigjax.commands.train import after
 
+  main.quiet()
   after(workdir, train.train(resolve(config), workdir))
   return load(workdir)
 
 
 def load(workdir: str, step: int | None = None) -> Loaded:
   """Returns the config, model and state of a run's last checkpoint, or of that of `step`."""
+  main.quiet()
   described = record.read_config(workdir)
   run = experiment.build(resolve(described))
   with Checkpoints(workdir, read_only=True) as checkpoints:
