@@ -19,6 +19,7 @@ import numpy as np
 
 from bigjax import checkpoint, schedules, sharding, updates
 from bigjax import state as states
+from bigjax.best import Watch
 from bigjax.config import Component
 from bigjax.data import ops, pipeline
 from bigjax.errors import UserError
@@ -216,6 +217,7 @@ def build(config: TrainConfig) -> Experiment:
   """Returns the experiment that `config` describes; raises `UserError` for what can't work, before any device does."""
   mesh = sharding.make_mesh(config.mesh)
   _check_sizes(config, mesh)
+  Watch.of(config.keep, config.early_stop, config.evals, {})  # Refuses metrics that no evaluator gives.
   data = Stream.of(config.data)
   batch = data.spec(config.batch_size)
   clock = _clock(config, data, batch)

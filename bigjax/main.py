@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     print("usage: bigjax COMMAND [...]   (bigjax COMMAND --help for its flags)\n")
     print("\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()))
     return 0
+  if os.getcwd() not in sys.path:
+    sys.path.insert(0, os.getcwd())  # As `python -m` has it: components of one's own are found by dotted names.
   if argv[0] in ("-V", "--version"):
     print(f"bigjax {__version__}")
     return 0

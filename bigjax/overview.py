@@ -55,6 +55,15 @@ def write(run, workdir: str) -> None:
   record.write_json(os.path.join(workdir, "parameters.json"), params)
 
 
+def headline(run) -> str:
+  """Returns a line on what is about to run."""
+  config = run.config
+  return (
+    f"{config.model.name}, {count(run):,} parameters; {config.data.source.name}, {len(run.data.source):,} examples; "
+    f"{run.total_steps:,} steps of {config.batch_size:,} on {run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
+  )
+
+
 def table(run) -> str:
   """Returns the state as a table, parts of it summed up below."""
   found = rows(run)

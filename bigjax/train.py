@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
 import signal
@@ -21,7 +20,8 @@ from bigjax.best import Watch
 from bigjax.checkpoint import Checkpoints
 from bigjax.data import pipeline
 from bigjax.errors import UserError
-from bigjax.experiment import OBSERVING, EvalConfig, Experiment, Stream, TrainConfig, build
+from bigjax.evaluation import Evaluation
+from bigjax.experiment import OBSERVING, Experiment, TrainConfig, build
 
 STOPPED = 75  # Exit code of a run that was asked to stop and saved itself (sysexits' "try again later").
 
@@ -41,12 +41,12 @@ def train(config: TrainConfig, workdir: str) -> str:
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(run.mesh))
     checkpoints = stack.enter_context(Checkpoints(workdir, run.keep()))
+    evals = [Evaluation.of(run, name, e) for name, e in config.evals.items()]
     state, loop = start(run, checkpoints)
     first = int(state.step)
     watch = Watch.of(config.keep, config.early_stop, config.evals, loop)
 
     batches = stack.enter_context(train_batches(run, first))
-    evals = [Evaluation.of(run, name, e) for name, e in config.evals.items()]
     writers = stack.enter_context(
       metrics.Writers(workdir, config.writers, resume_step=first, primary=jax.process_index() == 0)
     )
@@ -54,6 +54,7 @@ def train(config: TrainConfig, workdir: str) -> str:
       metrics.Progress(run.total_steps, first, config.batch_size, quiet=jax.process_index() != 0)
     )
     interrupt = stack.enter_context(Interrupt())
+    progress.say(overview.headline(run))
 
     step_fn = make_step(run)
     key = jax.device_put(jax.random.fold_in(jax.random.key(config.seed), 1), sharding.replicated(run.mesh))
@@ -192,50 +193,6 @@ def train_batches(run: Experiment, first: int) -> pipeline.Ahead:
     hosts=jax.process_count(),
   )
   return pipeline.to_device(run.checked(batches), sharding.batch_sharding(run.mesh))
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-  """An evaluator with its data and cadence; it measures the parameters and other views of them, such as the EMA."""
-
-  name: str
-  every: int
-  evaluator: Any
-  views: Mapping[str, Any]
-
-  @classmethod
-  def of(cls, run: Experiment, name: str, config: EvalConfig) -> Evaluation:
-    size = config.batch_size or run.config.batch_size
-
-    def batches(data):
-      stream = Stream.of(data)
-      hosts = dict(host=jax.process_index(), hosts=jax.process_count())
-
-      def finite():
-        found = pipeline.eval_batches(stream.source, batch_size=size, preprocess=stream.preprocess, **hosts)
-        with pipeline.to_device(found, sharding.batch_sharding(run.mesh)) as on_device:
-          yield from on_device
-
-      return finite
-
-    extra = {k: batches(d) for k, d in config.extra_data.items()}
-    evaluator = config.evaluator(predict=run.predict, batches=batches(config.data), **extra)
-    views = {view: jax.jit(of) for view, of in run.optimizer.views.items()}
-    return cls(name, run.steps(config.every, f"config.evals.{name}.every"), evaluator, views)
-
-  def run(self, state: states.TrainState) -> dict[str, Any]:
-    """Returns every measurement by name, `val/accuracy`, and those of a view as `val/ema/accuracy`."""
-    found = self._named("", state)
-    for view, of in self.views.items():
-      viewed = dataclasses.replace(state, params=of(state.opt_state, state.params))
-      found |= self._named(f"{view}/", viewed)
-    return found
-
-  def _named(self, view, state):
-    try:
-      return {f"{self.name}/{view}{k}": v for k, v in self.evaluator.run(state)}
-    except UserError as e:
-      raise UserError(str(e).replace("config.evals:", f"config.evals.{self.name}:", 1)) from e
 
 
 class Logger:

@@ -1,5 +1,7 @@
 """Characters of Shakespeare: nanoGPT's recipe for a CPU, a GPT of 4 layers, 4 heads, width 128, context 64.
 
+The recipe but for the peak rate, 4e-3 instead of 1e-3: with 1e-3 the loss ends at 1.914.
+
 Command   bigjax train --config=configs/shakespeare_char.py:text=tinyshakespeare.txt --workdir=runs/shakespeare_char
 Data      tinyshakespeare.txt, 1,115,394 characters, from github.com/karpathy/char-rnn; public domain
 Hardware  2 CPU cores, about two minutes
@@ -23,7 +25,7 @@ def get_config(arg=None):
   config.model = dict(name="gpt", vocab_size=65, context=64, width=128, depth=4, heads=4, bias=False)
   config.task = dict(name="language_modeling")
   config.optimizer = dict(name="adamw", b2=0.99, weight_decay=0.0)
-  config.schedule = dict(name="cosine", peak=1e-3, warmup=100, final=1e-4)
+  config.schedule = dict(name="cosine", peak=4e-3, warmup=100, final=1e-4)
   config.decay = [(".*(kernel|embedding)", 0.1)]
   config.clip = dict(norm=1.0)
   config.mesh = [("data", 1)]  # 12 examples a step; more devices want a larger batch.

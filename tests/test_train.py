@@ -284,3 +284,22 @@ def test_a_workdir_that_can_not_be_written_is_said_so(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="can't be written"):
     train.train(tiny(), str(tmp_path / "file" / "run"))
+
+
+def test_an_evaluator_may_read_a_second_stream(tmp_path):
+  data = dict(source=TINY["data"]["source"])
+  fewshot = dict(
+    evaluator=dict(name="fewshot", shots=(2,)), data=data, extra_data=dict(train_batches=data), every=12, batch_size=8
+  )
+  train.train(tiny(evals=dict(probe=fewshot)), str(tmp_path / "a"))
+  assert any("probe/2shot" in r for r in rows(tmp_path / "a"))
+  wrong = fewshot | dict(extra_data=dict(trane_batches=data))
+  with pytest.raises(UserError, match="Did you mean 'train_batches'"):
+    train.train(tiny(evals=dict(probe=wrong)), str(tmp_path / "b"))
+
+
+def test_a_mixture_of_sources_is_a_source(tmp_path):
+  source = lambda seed: TINY["data"]["source"] | dict(seed=seed)
+  mixed = dict(source=dict(name="mixture", sources=[source(0), source(1)], weights=[0.75, 0.25]))
+  train.train(tiny(data=mixed), str(tmp_path))
+  assert record.read_run(str(tmp_path))["examples"] == 80

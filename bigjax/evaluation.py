@@ -1,0 +1,66 @@
+"""A measurement as the loop makes it: an evaluator with its data and cadence, on every view of the parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from bigjax import sharding
+from bigjax import state as states
+from bigjax.data import pipeline
+from bigjax.errors import UserError, suggest
+from bigjax.experiment import EvalConfig, Experiment, Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """An evaluator with its data and cadence; it measures the parameters and other views of them, such as the EMA."""
+
+  name: str
+  every: int
+  evaluator: Any
+  views: Mapping[str, Any]
+
+  @classmethod
+  def of(cls, run: Experiment, name: str, config: EvalConfig) -> Evaluation:
+    size = config.batch_size or run.config.batch_size
+
+    def batches(data):
+      stream = Stream.of(data)
+      hosts = dict(host=jax.process_index(), hosts=jax.process_count())
+
+      def finite():
+        found = pipeline.eval_batches(stream.source, batch_size=size, preprocess=stream.preprocess, **hosts)
+        with pipeline.to_device(found, sharding.batch_sharding(run.mesh)) as on_device:
+          yield from on_device
+
+      return finite
+
+    known = inspect.signature(config.evaluator.factory).parameters
+    for key in config.extra_data:
+      if key not in known:
+        raise UserError(
+          f"config.evals.{name}.extra_data.{key}: the evaluator takes no such stream.{suggest(key, known)}"
+        )
+    extra = {k: batches(d) for k, d in config.extra_data.items()}
+    evaluator = config.evaluator(predict=run.predict, batches=batches(config.data), **extra)
+    views = {view: jax.jit(of) for view, of in run.optimizer.views.items()}
+    return cls(name, run.steps(config.every, f"config.evals.{name}.every"), evaluator, views)
+
+  def run(self, state: states.TrainState) -> dict[str, Any]:
+    """Returns every measurement by name, `val/accuracy`, and those of a view as `val/ema/accuracy`."""
+    found = self._named("", state)
+    for view, of in self.views.items():
+      viewed = dataclasses.replace(state, params=of(state.opt_state, state.params))
+      found |= self._named(f"{view}/", viewed)
+    return found
+
+  def _named(self, view, state):
+    try:
+      return {f"{self.name}/{view}{k}": v for k, v in self.evaluator.run(state)}
+    except UserError as e:
+      raise UserError(str(e).replace("config.evals:", f"config.evals.{self.name}:", 1)) from e
