@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import collections.abc
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -19,6 +20,7 @@ import json
 import os
 import pkgutil
 import re
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,16 +86,22 @@ def read(spec: str, overrides: Sequence[str] = ()):
   """
   import ml_collections
 
-  file, _, arg = spec.partition(":")
+  # A folder's name may have colons too, such as that of a workdir named by the time.
+  file, arg = re.fullmatch(r"(.*?\.(?:py|json)|[^:]*)(?::(.*))?", spec, re.DOTALL).groups("")
   if not os.path.isfile(file):
     folder = os.path.dirname(file) or "."
     known = [os.path.join(folder, f) for f in os.listdir(folder) if f.endswith(".py")] if os.path.isdir(folder) else []
     raise UserError(f"--config={spec}: there is no file {file!r}.{suggest(file, known)}")
   if file.endswith(".json"):
-    with open(file, encoding="utf-8") as f:
-      config = ml_collections.ConfigDict(json.load(f))
+    try:
+      with open(file, encoding="utf-8") as f:
+        config = json.load(f)
+    except (OSError, ValueError) as e:
+      raise UserError(f"--config={file} can't be read: {e}") from e
   else:
     config = _get_config(file, arg)
+  if not isinstance(config, Mapping | ml_collections.ConfigDict):
+    raise UserError(f"--config={spec} gives {config!r}; a config is a ConfigDict or a dict.")
   return _override(config, overrides)
 
 
@@ -102,16 +110,28 @@ def _get_config(file, arg):
   if module_spec is None:
     raise UserError(f"--config={file} is not a Python file.")
   module = importlib.util.module_from_spec(module_spec)
-  try:
+  with _mistakes_located(file):
     module_spec.loader.exec_module(module)
-  except (SyntaxError, NameError, ImportError) as e:
-    raise UserError(f"--config={file} can't be read: {type(e).__name__}: {e}") from e
   if not hasattr(module, "get_config"):
     raise UserError(f"--config={file} has no function get_config(arg=None) that returns a ConfigDict.")
   takes_arg = bool(inspect.signature(module.get_config).parameters)
   if arg and not takes_arg:
     raise UserError(f"--config={file}:{arg}: get_config of this file takes no argument.")
-  return module.get_config(arg or None) if takes_arg else module.get_config()
+  with _mistakes_located(file):
+    return module.get_config(arg or None) if takes_arg else module.get_config()
+
+
+@contextlib.contextmanager
+def _mistakes_located(file):
+  """A config is its author's own code: what it raises is told with its line there."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as e:
+    lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == os.path.abspath(file)]
+    place = f" (line {lines[-1]})" if lines else ""
+    raise UserError(f"--config={file} can't be read: {type(e).__name__}: {e}{place}") from e
 
 
 def _override(config, overrides):
@@ -126,6 +146,8 @@ def _override(config, overrides):
     return ml_collections.FieldReference(value, field_type=object)
 
   config = ml_collections.ConfigDict(untyped(config))
+  for override in overrides:
+    _make_sections(config, override.partition("=")[0].split(".")[1:-1])
   values = flags.FlagValues()
   argv = ["bigjax", *overrides]
   try:
@@ -139,6 +161,18 @@ def _override(config, overrides):
   if rest:
     raise UserError(f"Unexpected argument {rest[0]!r}; overrides look like --config.batch_size=64.")
   return config
+
+
+def _make_sections(config, names):
+  """Makes those sections on the way to an override that the config leaves out, such as `keep` of config.keep.last."""
+  for name in names:
+    if not hasattr(config, "items") or not name.isidentifier():
+      return
+    if config.get(name) is None:
+      if name in config:
+        del config[name]
+      config[name] = type(config)()
+    config = config[name]
 
 
 def parse_arg(arg: str | None, **defaults):

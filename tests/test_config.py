@@ -149,6 +149,39 @@ def test_overrides_go_through_ml_collections_flags(config_file):
   assert found.to_dict() == {"size": 9, "steps": 100, "inner": {"mode": "min", "big": True}, "new": (1, 2)}
 
 
+def test_an_override_reaches_into_a_section_that_the_config_leaves_out(config_file):
+  found = configs.read(config_file, ["--config.keep.last=2", "--config.keep.best=val/loss"])
+  assert found.to_dict()["keep"] == {"last": 2, "best": "val/loss"}
+
+
+def test_folders_may_have_colons_in_their_names(tmp_path):
+  (tmp_path / "12:30").mkdir()
+  (tmp_path / "12:30" / "c.py").write_text("def get_config(arg=None): return dict(arg=arg)")
+  (tmp_path / "12:30" / "config.json").write_text('{"a": 1}')
+  assert configs.read(str(tmp_path / "12:30" / "c.py:x:y")).arg == "x:y"
+  assert configs.read(str(tmp_path / "12:30" / "config.json")).a == 1
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("def get_config():\n  x = {}\n  return x['nope']", r"KeyError: 'nope' \(line 3\)"),
+    ("x = 1 / 0", r"ZeroDivisionError.*\(line 1\)"),
+    ("def get_config(): pass", "gives None"),
+  ],
+)
+def test_what_a_config_file_raises_is_told_with_its_line(tmp_path, text, words):
+  (tmp_path / "mine.py").write_text(text)
+  with pytest.raises(UserError, match=words):
+    configs.read(str(tmp_path / "mine.py"))
+
+
+def test_a_damaged_recorded_config_is_said_so(tmp_path):
+  (tmp_path / "config.json").write_text('{"a": ')
+  with pytest.raises(UserError, match="can't be read"):
+    configs.read(str(tmp_path / "config.json"))
+
+
 def test_a_config_argument_is_read_by_name_and_by_first_word(config_file):
   assert configs.read(f"{config_file}:b,width=16,big").to_dict() == {
     "size": 16,

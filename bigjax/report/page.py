@@ -101,7 +101,7 @@ def _tiles(run: Run) -> Markup | None:
     if claim and name == run.config["claim"]["metric"]:
       running = run.facts.get("status") == "running"
       said, cls = ("reached", "good") if claim[0] else ("not reached yet", None) if running else ("missed", "bad")
-      add(format_value(entry.get("best", entry["last"])), [_breakable(name), f", best; claim {said}"], cls)
+      add(format_value(entry["last"]), [_breakable(name), f", last; claim {said}"], cls)
     elif "best" in entry and "/" in name:
       add(format_value(entry["best"]), [_breakable(name), f", best at step {entry['best_step']:,}"])
     else:

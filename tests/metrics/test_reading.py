@@ -105,7 +105,7 @@ def test_the_summary_tells_how_far_how_fast_how_good_and_where_to_look(tmp_path)
     "  test/accuracy   0.985   0.99       100\n"
     "\n"
     "  time       start 0:05  train 0:09  input 0:01  eval 0:02\n"
-    "  claim      test/accuracy at least 0.985: reached, 0.99 at step 100\n"
+    "  claim      test/accuracy at least 0.985: reached, 0.985 at step 200\n"
     "  report     DIR/report.html\n"
     "  metrics    DIR/metrics.jsonl\n"
     "\n"
