@@ -242,8 +242,11 @@ def build(config: TrainConfig) -> Experiment:
 
 
 def _check_sizes(config, mesh):
-  for name, size in [("batch_size", config.batch_size), ("accumulate", config.accumulate)]:
-    if size < 1:
+  positive = {"batch_size": config.batch_size, "accumulate": config.accumulate, "keep.last": config.keep.last}
+  positive |= {"early_stop.patience": config.early_stop.patience} if config.early_stop else {}
+  positive |= {f"evals.{n}.batch_size": e.batch_size for n, e in config.evals.items()}
+  for name, size in positive.items():
+    if size is not None and size < 1:
       raise UserError(f"config.{name} must be positive, not {size}.")
   ways = sharding.batch_ways(mesh)
   sizes = {"config.batch_size": (config.batch_size, math.lcm(ways * config.accumulate, jax.process_count()))}

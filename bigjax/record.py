@@ -26,13 +26,15 @@ PACKAGES = (
 
 
 def open_workdir(workdir: str, described: Mapping[str, Any], free: Sequence[str]) -> None:
-  """Makes `workdir`, or checks that it holds a run of the same config.
+  """Makes `workdir`, or checks that it holds a run of the same config; what is there stays as it is.
 
   Args:
     workdir: The directory of the run.
     described: The config, as `config.describe` gives it.
     free: Top-level keys that may differ from the recorded ones.
   """
+  if "://" in workdir:
+    raise UserError(f"--workdir={workdir}: only folders can be written; mount the bucket and name the folder.")
   try:
     os.makedirs(workdir, exist_ok=True)
     with tempfile.TemporaryFile(dir=workdir):
@@ -52,7 +54,6 @@ def open_workdir(workdir: str, described: Mapping[str, Any], free: Sequence[str]
       )
   elif _has_results(workdir):
     raise UserError(f"--workdir={workdir} has a run's files but no config.json to tell whose; name another --workdir.")
-  write_json(file, described)
 
 
 def _has_results(workdir):
@@ -80,7 +81,7 @@ def read_config(workdir: str) -> dict[str, Any]:
 
 
 def start(workdir: str, described: Mapping[str, Any], **facts: Any) -> None:
-  """Writes run.json: when, from what code, by which command; a resumed run adds to `starts`."""
+  """Writes config.json, and run.json: when, from what code, by which command; a resumed run adds to `starts`."""
   file = os.path.join(workdir, "run.json")
   starts = read_run(workdir).get("starts", [])
   command = [os.path.basename(sys.argv[0]) if i == 0 else a for i, a in enumerate(sys.argv)]
@@ -95,6 +96,7 @@ def start(workdir: str, described: Mapping[str, Any], **facts: Any) -> None:
     "status": "running",
     **facts,
   }
+  write_json(os.path.join(workdir, "config.json"), described)
   write_json(file, run)
 
 
@@ -105,11 +107,14 @@ def finish(workdir: str, status: str, **facts: Any) -> None:
 
 def read_run(workdir: str) -> dict[str, Any]:
   """Returns run.json; empty where there is none."""
+  file = os.path.join(workdir, "run.json")
   try:
-    with open(os.path.join(workdir, "run.json"), encoding="utf-8") as f:
+    with open(file, encoding="utf-8") as f:
       return json.load(f)
   except FileNotFoundError:
     return {}
+  except (OSError, ValueError) as e:
+    raise UserError(f"{file} can't be read: {e}; mend it or remove it.") from e
 
 
 def versions() -> dict[str, str]:

@@ -35,8 +35,7 @@ def train(config: TrainConfig, workdir: str) -> str:
   described = configs.describe(config)
   record.open_workdir(workdir, described, free=OBSERVING)
   run = build(config)
-  overview.write(run, workdir)
-  record.start(workdir, described, **overview.facts(run))
+  primary = jax.process_index() == 0
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(run.mesh))
@@ -45,14 +44,13 @@ def train(config: TrainConfig, workdir: str) -> str:
     state, loop = start(run, checkpoints)
     first = int(state.step)
     watch = Watch.of(config.keep, config.early_stop, config.evals, loop)
+    if primary:
+      overview.write(run, workdir)
+      record.start(workdir, described, **overview.facts(run))
 
     batches = stack.enter_context(train_batches(run, first))
-    writers = stack.enter_context(
-      metrics.Writers(workdir, config.writers, resume_step=first, primary=jax.process_index() == 0)
-    )
-    progress = stack.enter_context(
-      metrics.Progress(run.total_steps, first, config.batch_size, quiet=jax.process_index() != 0)
-    )
+    writers = stack.enter_context(metrics.Writers(workdir, config.writers, resume_step=first, primary=primary))
+    progress = stack.enter_context(metrics.Progress(run.total_steps, first, config.batch_size, quiet=not primary))
     interrupt = stack.enter_context(Interrupt())
     progress.say(overview.headline(run))
 
@@ -61,9 +59,9 @@ def train(config: TrainConfig, workdir: str) -> str:
     logger = Logger(writers, progress)
     log_every = run.steps(config.log_every, "config.log_every")
     checkpoint_every = run.steps(config.checkpoint_every, "config.checkpoint_every")
-    status = "finished"
+    status = "stopped early" if watch.tired else "finished"
 
-    for step in range(first + 1, run.total_steps + 1):
+    for step in range(first + 1, 1 + (first if watch.tired else run.total_steps)):
       due = functools.partial(is_due, step, last=run.total_steps)
       with progress.pause("input"):
         batch = next(batches)
@@ -87,6 +85,7 @@ def train(config: TrainConfig, workdir: str) -> str:
       ending = status != "finished"
       if due(checkpoint_every) or watch.improved_at(step) or ending:
         logger.flush()
+        refuse_broken(step, measured)
         with progress.pause("save"):
           checkpoints.save(step, state, watch.to_json(), watch.metric_at(step))
       if ending:
@@ -98,7 +97,8 @@ def train(config: TrainConfig, workdir: str) -> str:
     writers.flush()
     progress.close()
     spent = dict(seconds=progress.breakdown(), steps_per_second=progress.steps_per_second())
-    record.finish(workdir, status, step=int(state.step), best=watch.to_json(), **spent)
+    if primary:
+      record.finish(workdir, status, step=int(state.step), best=watch.to_json(), **spent)
   return status
 
 
@@ -195,6 +195,16 @@ def train_batches(run: Experiment, first: int) -> pipeline.Ahead:
   return pipeline.to_device(run.checked(batches), sharding.batch_sharding(run.mesh))
 
 
+def refuse_broken(step: int, measured: Mapping[str, Any]) -> None:
+  """Raises `FloatingPointError` where the loss or the update of a step is not finite: such a state is worth nothing."""
+  loss, norm, update = jax.device_get([measured[k] for k in ("loss", "grad_norm", "update_norm")])
+  if not (math.isfinite(loss) and math.isfinite(update)):
+    raise FloatingPointError(
+      f"The loss is {loss} at step {step} (norm of the gradient {norm}, of the update {update}). "
+      "Try a lower peak of config.schedule, a longer warmup, or config.clip; the last checkpoint is intact."
+    )
+
+
 class Logger:
   """Fetches a step's metrics once the next step is on its way, so that the devices never wait for the host."""
 
@@ -212,18 +222,14 @@ class Logger:
     self._progress.note(step, measurements)
 
   def flush(self) -> None:
-    """Writes the metrics that are waiting; raises `FloatingPointError` when the loss is not finite."""
+    """Writes the metrics that are waiting; raises `FloatingPointError` as `refuse_broken` does."""
     if self._pending is None:
       return
     (step, measured), self._pending = self._pending, None
     values = {k: float(v) for k, v in jax.device_get(measured).items()}
     self._writers.write(step, values)
     self._progress.update(step, values)
-    if not math.isfinite(values["loss"]):
-      raise FloatingPointError(
-        f"The loss is {values['loss']} at step {step} (gradient norm {values['grad_norm']}). "
-        "Try a lower peak of config.schedule, a longer warmup, or config.clip; the last checkpoint is intact."
-      )
+    refuse_broken(step, values)
 
 
 class Interrupt:

@@ -215,6 +215,15 @@ def test_early_stopping_waits_its_patience_and_survives_a_resume(tmp_path, monke
   assert rows(tmp_path / "a") == rows(tmp_path / "b")
 
 
+def test_a_run_that_stopped_early_is_left_as_it_is(tmp_path):
+  stop = dict(metric="val/accuracy", mode="max", patience=1, min_delta=1.0)
+  assert train.train(tiny(early_stop=stop), str(tmp_path)) == "stopped early"
+  before = rows(tmp_path), final(str(tmp_path), tiny())
+  assert train.train(tiny(early_stop=stop), str(tmp_path)) == "stopped early"
+  assert rows(tmp_path) == before[0]
+  assert_equal(final(str(tmp_path), tiny()), before[1])
+
+
 def test_evaluating_a_checkpoint_gives_what_training_wrote(tmp_path):
   train.train(tiny(), str(tmp_path))
   step, found = train.evaluate(tiny(), str(tmp_path))
@@ -229,6 +238,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(tmp_p
   with pytest.raises(FloatingPointError, match="config.clip"):
     train.train(config, str(tmp_path))
   assert rows(tmp_path)
+
+
+def test_a_broken_state_is_not_saved_between_two_logged_steps(tmp_path):
+  config = tiny(
+    schedule=dict(name="constant", peak=1e38), optimizer=dict(name="sgd"), clip=None, log_every=12, checkpoint_every=4
+  )
+  with pytest.raises(FloatingPointError, match="at step 4"):
+    train.train(config, str(tmp_path))
+  with train.Checkpoints(str(tmp_path), read_only=True) as checkpoints:
+    assert not checkpoints.steps()
+
+
+def test_a_start_that_is_refused_leaves_the_recorded_config(tmp_path):
+  train.train(tiny(), str(tmp_path))
+  before = (tmp_path / "config.json").read_bytes()
+  with pytest.raises(UserError, match="config.sharding"):
+    train.train(tiny(sharding=[("params.*", "replicate")]), str(tmp_path))
+  assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_damaged_record_and_a_bucket_are_said_so(tmp_path):
+  (tmp_path / "run.json").write_text('{"a": ')
+  with pytest.raises(UserError, match="run.json can't be read"):
+    train.train(tiny(), str(tmp_path))
+  with pytest.raises(UserError, match="mount the bucket"):
+    train.train(tiny(), "gs://bucket/run")
 
 
 def test_init_from_takes_what_the_rules_name(tmp_path):
@@ -257,6 +292,9 @@ def test_init_from_takes_what_the_rules_name(tmp_path):
     (dict(keep=dict(best="test/accuracy")), "config.keep.best"),
     (dict(sharding=[("params.*", "replicate")]), "config.sharding"),
     (dict(log_every="5 tokens"), "config.log_every"),
+    (dict(keep=dict(last=0)), "config.keep.last must be positive"),
+    (dict(early_stop=dict(metric="val/loss", patience=0)), "config.early_stop.patience must be positive"),
+    (dict(evals=dict(val=TINY["evals"]["val"] | dict(batch_size=0))), "config.evals.val.batch_size must be positive"),
   ],
 )
 def test_what_can_not_work_is_refused_and_nothing_is_trained(tmp_path, changes, words):
