@@ -6,6 +6,7 @@ JSON of what the loop itself remembers (best metric so far). It is complete or i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -34,7 +35,8 @@ class Keep:
 class Checkpoints:
   """The checkpoints of one run, under `workdir/checkpoints`."""
 
-  def __init__(self, workdir: str, keep: Keep = Keep(), *, read_only: bool = False):
+  def __init__(self, workdir: str, keep: Keep = Keep(), *, read_only: bool = False, where: str = "--workdir"):
+    self._where = where  # What the directory was named by, for messages.
     self.directory = os.path.join(os.path.abspath(workdir), "checkpoints")
     sign = 1 if keep.mode == "max" else -1
     rules = [policies.LatestN(keep.last)]
@@ -51,7 +53,7 @@ class Checkpoints:
       step_format_fixed_length=8,
     )
     if read_only and not os.path.isdir(self.directory):
-      raise UserError(f"--workdir={workdir} holds no checkpoints; train there first, or name another directory.")
+      raise UserError(f"{where}={workdir} holds no checkpoints; train there first, or name another directory.")
     handlers = {"state": ocp.StandardCheckpointHandler(), "loop": ocp.JsonCheckpointHandler()}
     self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
@@ -71,6 +73,7 @@ class Checkpoints:
 
     Raises:
       UserError: The checkpoint's leaves are not those of `abstract`; the message shows the difference.
+      OSError: The checkpoint is damaged.
     """
     step = self._pick(step)
     if step is None:
@@ -78,7 +81,8 @@ class Checkpoints:
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     self._compare(step, abstract)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(_by_name(target)), loop=ocp.args.JsonRestore())
-    restored = self._manager.restore(step, args=args)
+    with self._damage_said(step):
+      restored = self._manager.restore(step, args=args)
     leaves = dict(_named(restored.state))
     return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[n] for n in paths.names(abstract)]), restored.loop
 
@@ -87,9 +91,8 @@ class Checkpoints:
     step = self._pick(step)
     if step is None:
       raise UserError(f"There is no checkpoint in {self.directory}.")
-    meta = self._manager.item_metadata(step).state
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), meta.tree)
-    with ocp.PyTreeCheckpointer() as reader:
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._tree(step))
+    with self._damage_said(step), ocp.PyTreeCheckpointer() as reader:
       tree = reader.restore(os.path.join(self._step_dir(step), "state"), restore_args=as_numpy)
     return dict(zip(paths.names(tree), jax.tree.leaves(tree), strict=True))
 
@@ -107,17 +110,34 @@ class Checkpoints:
     steps = self.steps()
     if step is not None and step not in steps:
       raise UserError(
-        f"--step={step}: {self.directory} has checkpoints of steps {', '.join(map(str, steps)) or 'none'}."
+        f"{self._where.removesuffix('workdir')}step={step}: {self.directory} has checkpoints of steps "
+        f"{', '.join(map(str, steps)) or 'none'}."
       )
     return step if step is not None else (steps[-1] if steps else None)
 
   def _step_dir(self, step):
     return os.path.join(self.directory, f"{step:08d}")
 
+  def _tree(self, step):
+    """What the checkpoint says of each leaf."""
+    with self._damage_said(step):
+      return self._manager.item_metadata(step).state.tree
+
+  @contextlib.contextmanager
+  def _damage_said(self, step):
+    """What is complete or not there was complete once: what can't be read of it now was lost later."""
+    try:
+      yield
+    except (AttributeError, KeyError, OSError, ValueError) as e:
+      reason = " ".join(str(e).split())[:300]
+      raise OSError(
+        f"The checkpoint {self._step_dir(step)} is damaged ({reason}). Bring it back from a copy, or move it away to "
+        f"go on from an earlier one; there are those of steps {', '.join(map(str, self.steps()))}."
+      ) from e
+
   def _compare(self, step, abstract):
     """Restoring is strict: every leaf there, none over, shapes and types equal."""
-    tree = self._manager.item_metadata(step).state.tree
-    there = {n: (tuple(m.shape), np.dtype(m.dtype)) for n, m in _named(tree)}
+    there = {n: (tuple(m.shape), np.dtype(m.dtype)) for n, m in _named(self._tree(step))}
     wanted = {n: (tuple(x.shape), np.dtype(x.dtype)) for n, x in _named(_by_name(abstract))}
     show = lambda leaf: f"{leaf[1]}{list(leaf[0])}"
     lines = [f"  - {n}  {show(there[n])}  in the checkpoint only" for n in there if n not in wanted]

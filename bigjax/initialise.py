@@ -10,7 +10,6 @@ import re
 
 import jax
 import numpy as np
-from absl import logging
 
 from bigjax import paths
 from bigjax.checkpoint import Checkpoints
@@ -22,15 +21,16 @@ def from_config(run, state):
   init = run.config.init_from
   if init is None:
     return state
-  with Checkpoints(init.workdir, read_only=True) as checkpoints:
+  with Checkpoints(init.workdir, read_only=True, where="config.init_from.workdir") as checkpoints:
     found = checkpoints.read(init.step)
   source = {n.removeprefix("params/"): v for n, v in found.items() if n.startswith("params/")}
   params, report = take(state.params, source, init.rules)
-  for line in report:
-    logging.info("%s", line)
-  taken = sum("<-" in line for line in report)
-  print(f"init_from {init.workdir}: {taken} of {len(report)} leaves taken")
-  return type(state)(state.step, params, state.extras, run.optimizer.tx.init(params))
+  if jax.process_index() == 0:
+    taken = sum("<-" in line for line in report)
+    print("\n".join([f"init_from {init.workdir}: {taken} of {len(report)} leaves taken", *(f"  {r}" for r in report)]))
+  # Laid out as the step wants it, which would compile a second time otherwise.
+  opt_state = jax.jit(run.optimizer.tx.init, out_shardings=run.shardings.opt_state)(params)
+  return type(state)(state.step, params, state.extras, opt_state)
 
 
 def take(params, source: dict[str, np.ndarray], rules, where: str = "config.init_from.rules"):

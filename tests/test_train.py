@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -277,6 +278,31 @@ def test_init_from_takes_what_the_rules_name(tmp_path):
   state = wider.init(jax.random.key(0))
   with pytest.raises(UserError, match="give it a rule with None"):
     train.initialise.from_config(wider, state)
+
+
+def test_init_from_lays_the_state_out_as_the_step_wants_it_and_reports_each_leaf(tmp_path, monkeypatch, capsys):
+  train.train(tiny(), str(tmp_path / "a"))
+  steps = []
+  original = train.make_step
+  monkeypatch.setattr(train, "make_step", lambda run: steps.append(original(run)) or steps[-1])
+  moments_apart = ((".*/mu/.*kernel", "fsdp(data,8)"), (".*", "replicate"))
+  config = tiny(init_from=dict(workdir=str(tmp_path / "a")), sharding=moments_apart)
+  capsys.readouterr()
+  train.train(config, str(tmp_path / "b"))
+  assert steps[0]._cache_size() == 1
+  said = capsys.readouterr().out
+  assert "4 of 4 leaves taken" in said and "head/kernel <- head/kernel" in said
+  with pytest.raises(UserError, match="config.init_from.workdir=.*none holds no checkpoints"):
+    train.train(tiny(init_from=dict(workdir=str(tmp_path / "none"))), str(tmp_path / "c"))
+  with pytest.raises(UserError, match="config.init_from.step=5"):
+    train.train(tiny(init_from=dict(workdir=str(tmp_path / "a"), step=5)), str(tmp_path / "d"))
+
+
+def test_a_damaged_checkpoint_is_a_fault_told_in_words(tmp_path):
+  train.train(tiny(), str(tmp_path))
+  shutil.rmtree(tmp_path / "checkpoints" / "00000012" / "state")
+  with pytest.raises(OSError, match="00000012 is damaged.*move it away"):
+    train.evaluate(tiny(), str(tmp_path))
 
 
 @pytest.mark.parametrize(
