@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +10,7 @@ import jax
 from flax import nnx
 
 from bigjax import config as configs
-from bigjax import experiment, main, record, train
+from bigjax import experiment, main, metrics, record, train
 from bigjax.checkpoint import Checkpoints
 from bigjax.errors import UserError
 from bigjax.state import TrainState
@@ -68,11 +66,11 @@ def load(workdir: str, step: int | None = None) -> Loaded:
 
 
 def read_metrics(workdir: str) -> dict[str, list[tuple[int, float]]]:
-  """Returns every metric of a run as a list of (step, value)."""
+  """Returns every metric of a run as a list of (step, value), NaN for a value that was not finite."""
+  record.read_config(workdir)  # A directory that holds no run is said so.
   curves: dict[str, list[tuple[int, float]]] = {}
-  with open(os.path.join(workdir, "metrics.jsonl"), encoding="utf-8") as f:
-    for row in map(json.loads, f):
-      for key, value in row.items():
-        if key != "step":
-          curves.setdefault(key, []).append((row["step"], value))
+  for row in metrics.read_rows(workdir):
+    for key, value in row.items():
+      if key != "step":
+        curves.setdefault(key, []).append((row["step"], value))
   return curves

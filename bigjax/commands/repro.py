@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 
 from bigjax import config as configs
@@ -53,14 +52,12 @@ def compare(a: str, b: str) -> tuple[list[str], int]:
     raise UserError(f"{a} has no metrics.jsonl to compare with; config.writers must have 'jsonl'.")
   keys = [k for k in old if k[1].rpartition("/")[2] not in TIMINGS]
   missing = [f"step {s} {k}: not in {b}" for s, k in keys if (s, k) not in new]
-  other = [f"step {s} {k}: {old[s, k]!r} -> {new[s, k]!r}" for s, k in keys if (s, k) in new and old[s, k] != new[s, k]]
+  both = [(k, repr(old[k]), repr(new[k])) for k in keys if k in new]  # NaN is no other NaN, but reads the same.
+  other = [f"step {s} {k}: {was} -> {now}" for (s, k), was, now in both if was != now]
   return missing + other, len(keys)
 
 
 def _rows(workdir):
-  file = os.path.join(workdir, "metrics.jsonl")
-  if not os.path.exists(file):
-    return {}
-  with open(file, encoding="utf-8") as f:
-    rows = [json.loads(line) for line in f if line.strip()]
-  return {(r["step"], k): v for r in rows for k, v in r.items() if k != "step"}
+  from bigjax import metrics
+
+  return {(r["step"], k): v for r in metrics.read_rows(workdir) for k, v in r.items() if k != "step"}
