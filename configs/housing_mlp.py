@@ -11,6 +11,8 @@ import ml_collections
 
 from bigjax.config import parse_arg
 
+TAMED = 'symlog("x")'  # A few districts have hundreds of people a household.
+
 
 def get_config(arg=None):
   arg = parse_arg(arg, data="data")
@@ -27,10 +29,10 @@ def get_config(arg=None):
     )
 
   config = ml_collections.ConfigDict()
-  config.total_steps = "80 epochs"
+  config.total_steps = "120 epochs"
   config.batch_size = 256
-  config.data = dict(source=districts("[:80%]"))
-  config.model = dict(name="mlp", in_features=8, widths=(256, 256, 128), num_outputs=1, activation="silu")
+  config.data = dict(source=districts("[:80%]"), preprocess=TAMED)
+  config.model = dict(name="mlp", in_features=8, widths=(256, 256, 128), num_outputs=1, activation="silu", dropout=0.1)
   config.task = dict(name="regression")
   config.optimizer = dict(name="adamw", weight_decay=0.0)
   config.schedule = dict(name="cosine", peak=3e-3, warmup="5%")
@@ -39,7 +41,7 @@ def get_config(arg=None):
   config.evals = dict(
     test=dict(
       evaluator=dict(name="regression"),
-      data=dict(source=districts("[80%:]")),
+      data=dict(source=districts("[80%:]"), preprocess=TAMED),
       every="5 epochs",
       batch_size=1024,
     )

@@ -83,6 +83,18 @@ def cast(
 
 
 @array_op
+def symlog(key: str):
+  """Tames long tails: sign(x) log(1 + |x|), which is x near 0 (https://arxiv.org/abs/2301.04104, equation 9)."""
+
+  def apply(batch, keys):
+    del keys
+    x = np.asarray(feature(batch, key), np.float32)
+    return {**batch, key: np.sign(x) * np.log1p(np.abs(x))}
+
+  return apply
+
+
+@array_op
 def reshape(key: str, shape: tuple[int, ...]):
   """Gives each example's feature another shape, one size of which may be -1: `reshape("image", (28, 28, 1))`."""
 

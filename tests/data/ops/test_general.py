@@ -59,6 +59,11 @@ def test_cast_reshape_and_flatten(batch):
     run("cast('text', 'float32')", {"text": np.array([b"a", b"b"], object)})
 
 
+def test_symlog_is_odd_small_values_stay_and_large_ones_become_logarithms():
+  x = np.array([[-(np.e - 1), -1e-4, 0.0, 1e-4, np.e**3 - 1]], np.float32)
+  np.testing.assert_allclose(run('symlog("x")', {"x": x})["x"], [[-1, -1e-4, 0, 1e-4, 3]], rtol=1e-3)
+
+
 def test_flatten_of_an_empty_batch_keeps_the_width():
   assert run("flatten", {"image": np.zeros((0, 3, 4))})["image"].shape == (0, 12)
 
