@@ -41,8 +41,11 @@ class Checkpoints:
     sign = 1 if keep.mode == "max" else -1
     rules = [policies.LatestN(keep.last)]
     rules += [policies.EveryNSteps(keep.every)] if keep.every else []
-    value = lambda metrics: metrics["best"]
-    rules += [policies.BestN(get_metric_fn=value, n=1)] if keep.best else []
+    # What was the best by another metric, before the config changed, is no candidate.
+    self._of = f"{keep.mode} {keep.best}"
+    value = lambda metrics: metrics["best"] if metrics.get("of", self._of) == self._of else -np.inf
+    best = policies.BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False)
+    rules += [best] if keep.best else []
     self._keep, self._sign = keep, sign
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policies.AnyPreservationPolicy(rules),
@@ -64,7 +67,8 @@ class Checkpoints:
     """Copies the state off the devices, and writes it in the background."""
     if step in self._manager.all_steps():
       return
-    metrics = {"best": -np.inf if metric is None else self._sign * metric} if self._keep.best else None
+    best = {"best": -np.inf if metric is None else self._sign * metric, "of": self._of}
+    metrics = best if self._keep.best else None
     args = ocp.args.Composite(state=ocp.args.StandardSave(_by_name(state)), loop=ocp.args.JsonSave(dict(loop)))
     self._manager.save(step, args=args, metrics=metrics, force=True)
 

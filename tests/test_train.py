@@ -204,6 +204,16 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
     assert checkpoints.steps() == sorted({best, 20})
 
 
+def test_the_best_by_another_metric_is_forgotten_when_the_config_changes(tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    StopAfter(patch, 6)
+    train.train(tiny(keep=dict(best="val/loss", mode="max")), str(tmp_path))
+  train.train(tiny(keep=dict(best="val/loss", mode="min")), str(tmp_path))
+  values = {r["step"]: r["val/loss"] for r in rows(tmp_path) if "val/loss" in r and r["step"] > 6}
+  with train.Checkpoints(str(tmp_path), read_only=True) as checkpoints:
+    assert checkpoints.steps() == sorted({min(values, key=values.get), 12})
+
+
 def test_early_stopping_waits_its_patience_and_survives_a_resume(tmp_path, monkeypatch):
   stop = dict(metric="val/accuracy", mode="max", patience=2, min_delta=1.0)  # No accuracy gains more than 1.
   config = tiny(total_steps=100, early_stop=stop)

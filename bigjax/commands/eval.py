@@ -20,10 +20,14 @@ def main(argv: list[str]) -> int:
   config = configs.read(os.path.join(args.workdir, "config.json"), overrides)
 
   use_cache(args.compile_cache)
+  import jax
+
   from bigjax import experiment, train
 
   resolved = configs.resolve(config, experiment.TrainConfig)
   step, results = train.evaluate(resolved, args.workdir, args.step)
+  if jax.process_index() != 0:
+    return 0
   record.write_json(os.path.join(args.workdir, f"eval-{step:08d}.json"), results)
   width = max(map(len, results), default=0)
   print(f"step {step:,} of {args.workdir}")

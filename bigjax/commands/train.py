@@ -36,10 +36,13 @@ def main(argv: list[str]) -> int:
 
 def after(workdir: str, status: str) -> int:
   """Writes the report, tells the person what came out, and returns the exit code."""
+  import jax
+
   from bigjax import metrics, report, train
 
-  report.write_report(workdir)
-  print(metrics.summary(workdir))
+  if jax.process_index() == 0:
+    report.write_report(workdir)
+    print(metrics.summary(workdir))
   return train.STOPPED if status == "stopped" else 0
 
 
