@@ -85,7 +85,7 @@ class StopConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitConfig:
-  """Takes parameters from another run's checkpoint."""
+  """Takes parameters and batch statistics from another run's checkpoint."""
 
   workdir: str
   step: int | None = None  # None: the last.

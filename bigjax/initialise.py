@@ -1,4 +1,4 @@
-"""Starting from another run's parameters, renamed by rules, with a line for every leaf.
+"""Starting from another run's parameters and batch statistics, renamed by rules, with a line for every leaf.
 
 The rules are read from the new model's side, so that nothing is left over in silence: each leaf here either names where
 it comes from, or is said to stay fresh.
@@ -17,27 +17,37 @@ from bigjax.errors import UserError, suggest
 
 
 def from_config(run, state):
-  """Returns `state` with parameters taken as `config.init_from` says; the same state where it says nothing."""
+  """Returns `state` with leaves taken as `config.init_from` says; the same state where it says nothing.
+
+  Batch statistics are leaves as parameters are: a model that brought one without the other would see noise.
+  """
   init = run.config.init_from
   if init is None:
     return state
   with Checkpoints(init.workdir, read_only=True, where="config.init_from.workdir") as checkpoints:
     found = checkpoints.read(init.step)
-  source = {n.removeprefix("params/"): v for n, v in found.items() if n.startswith("params/")}
-  params, report = take(state.params, source, init.rules)
+  source = {n.partition("/")[2]: v for n, v in found.items() if n.startswith(("params/", "extras/"))}
+  leaves, report = take(_flat(state.params) | _flat(state.extras), source, init.rules)
+  params, extras = (
+    jax.tree.unflatten(jax.tree.structure(t), [leaves[n] for n in paths.names(t)]) for t in (state.params, state.extras)
+  )
   if jax.process_index() == 0:
     taken = sum("<-" in line for line in report)
     print("\n".join([f"init_from {init.workdir}: {taken} of {len(report)} leaves taken", *(f"  {r}" for r in report)]))
   # Laid out as the step wants it, which would compile a second time otherwise.
   opt_state = jax.jit(run.optimizer.tx.init, out_shardings=run.shardings.opt_state)(params)
-  return type(state)(state.step, params, state.extras, opt_state)
+  return type(state)(state.step, params, extras, opt_state)
+
+
+def _flat(tree):
+  return dict(zip(paths.names(tree), jax.tree.leaves(tree), strict=True))
 
 
 def take(params, source: dict[str, np.ndarray], rules, where: str = "config.init_from.rules"):
-  """Returns (params, report): leaves replaced by those of `source` that the rules name.
+  """Returns (leaves, report): those of `params` replaced by those of `source` that the rules name.
 
   Args:
-    params: The fresh parameters; shapes, types and shardings stay theirs.
+    params: The fresh ones; shapes, types and shardings stay theirs.
     source: Leaves of the other run by name.
     rules: `(regex of a leaf here, template of its name there or None)`, first match; `\\g<0>` is the same name.
     where: The config path of the rules, for messages.

@@ -58,7 +58,8 @@ def train(config: TrainConfig, workdir: str) -> str:
     key = jax.device_put(jax.random.fold_in(jax.random.key(config.seed), 1), sharding.replicated(run.mesh))
     logger = Logger(writers, progress)
     log_every = run.steps(config.log_every, "config.log_every")
-    checkpoint_every = run.steps(config.checkpoint_every, "config.checkpoint_every")
+    save_every = [run.steps(config.checkpoint_every, "config.checkpoint_every")]
+    save_every += [run.keep().every] if config.keep.every is not None else []  # What is to be kept has to be saved.
     status = "stopped early" if watch.tired else "finished"
 
     for step in range(first + 1, 1 + (first if watch.tired else run.total_steps)):
@@ -83,7 +84,7 @@ def train(config: TrainConfig, workdir: str) -> str:
       elif interrupt.asked:
         status = "stopped"
       ending = status != "finished"
-      if due(checkpoint_every) or watch.improved_at(step) or ending:
+      if any(map(due, save_every)) or watch.improved_at(step) or ending:
         logger.flush()
         refuse_broken(step, measured)
         with progress.pause("save"):

@@ -204,6 +204,12 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
     assert checkpoints.steps() == sorted({best, 20})
 
 
+def test_one_checkpoint_every_so_often_is_kept_also_between_the_others(tmp_path):
+  train.train(tiny(keep=dict(last=1, every=3), checkpoint_every=8), str(tmp_path))
+  with train.Checkpoints(str(tmp_path), read_only=True) as checkpoints:
+    assert checkpoints.steps() == [3, 6, 9, 12]
+
+
 def test_the_best_by_another_metric_is_forgotten_when_the_config_changes(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     StopAfter(patch, 6)
@@ -306,6 +312,16 @@ def test_init_from_lays_the_state_out_as_the_step_wants_it_and_reports_each_leaf
     train.train(tiny(init_from=dict(workdir=str(tmp_path / "none"))), str(tmp_path / "c"))
   with pytest.raises(UserError, match="config.init_from.step=5"):
     train.train(tiny(init_from=dict(workdir=str(tmp_path / "a"), step=5)), str(tmp_path / "d"))
+
+
+def test_init_from_takes_batch_statistics_with_the_parameters(tmp_path):
+  model = TINY["model"] | dict(batch_norm=True)
+  train.train(tiny(model=model), str(tmp_path))
+  source = final(str(tmp_path), tiny(model=model))[0].extras
+  run = experiment.build(tiny(model=model, init_from=dict(workdir=str(tmp_path)), seed=7))
+  state = train.initialise.from_config(run, run.init(jax.random.key(7)))
+  assert jax.tree.leaves(source)
+  assert_equal(jax.device_get(state.extras), source)
 
 
 def test_a_damaged_checkpoint_is_a_fault_told_in_words(tmp_path):

@@ -28,8 +28,8 @@ def main(argv: list[str]) -> int:
   step, results = train.evaluate(resolved, args.workdir, args.step)
   if jax.process_index() != 0:
     return 0
-  record.write_json(os.path.join(args.workdir, f"eval-{step:08d}.json"), results)
   width = max(map(len, results), default=0)
   print(f"step {step:,} of {args.workdir}")
   print("\n".join(f"  {k:<{width}}  {v:.6g}" for k, v in results.items() if isinstance(v, int | float)))
+  record.write_json(os.path.join(args.workdir, f"eval-{step:08d}.json"), results)
   return 0
