@@ -188,7 +188,17 @@ class Experiment:
 
   def steps(self, duration: Duration, where: str) -> int:
     """Returns a cadence in steps, at least 1."""
-    return max(1, self.clock.steps(duration, where))
+    steps = self.clock.steps(duration, where)
+    if steps < 1:
+      raise UserError(f"{where} must be positive, not {duration!r}; '100%' is once, at the end.")
+    return steps
+
+  @property
+  def pace(self) -> tuple[int, str]:
+    """What a step gets through, and what that is counted in."""
+    if "tokens" in self.batch:
+      return self.config.batch_size * self.clock.tokens_per_example, "tokens"
+    return self.config.batch_size, "examples"
 
   def init(self, key: jax.Array) -> states.TrainState:
     """Returns the first state, made in place on its devices."""
@@ -218,6 +228,7 @@ def build(config: TrainConfig) -> Experiment:
   mesh = sharding.make_mesh(config.mesh)
   _check_sizes(config, mesh)
   Watch.of(config.keep, config.early_stop, config.evals, {})  # Refuses metrics that no evaluator gives.
+  _check_claim(config)
   data = Stream.of(config.data)
   batch = data.spec(config.batch_size)
   clock = _clock(config, data, batch)
@@ -262,6 +273,17 @@ def _check_sizes(config, mesh):
         + (f" times accumulate={config.accumulate}" if parts != ways else "")
         + f"; use a multiple of {parts}, such as {near} or {near + parts}."
       )
+
+
+def _check_claim(config):
+  claim = config.claim
+  if claim is None:
+    return
+  if (claim.at_least is None) == (claim.at_most is None):
+    raise UserError("config.claim needs one of at_least and at_most.")
+  if "/" in claim.metric and claim.metric.split("/")[0] not in config.evals:
+    known = ", ".join(config.evals) or "none"
+    raise UserError(f"config.claim.metric: {claim.metric!r} is no metric of config.evals ({known}).")
 
 
 def _clock(config, data, batch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,11 @@ class Loaded:
 
   def predict(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     """What the task's `predict` says of a batch of arrays."""
-    return jax.jit(self.run.predict)(self.state, dict(batch))
+    return self._predict(self.state, dict(batch))
+
+  @functools.cached_property
+  def _predict(self):
+    return jax.jit(self.run.predict)
 
 
 def resolve(config: Any) -> experiment.TrainConfig:

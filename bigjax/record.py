@@ -5,6 +5,7 @@ A workdir belongs to one config. Opening it checks that, so that no run goes on 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -13,7 +14,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bigjax import config as configs
@@ -103,6 +104,16 @@ def start(workdir: str, described: Mapping[str, Any], **facts: Any) -> None:
 def finish(workdir: str, status: str, **facts: Any) -> None:
   """Notes in run.json how the run ended."""
   write_json(os.path.join(workdir, "run.json"), read_run(workdir) | {"status": status, "finished": now(), **facts})
+
+
+@contextlib.contextmanager
+def failure_noted(workdir: str) -> Iterator[None]:
+  """Notes in run.json what ended a run that did not end by itself."""
+  try:
+    yield
+  except BaseException as e:
+    finish(workdir, "failed", error=f"{type(e).__name__}: {str(e)[:1000]}")
+    raise
 
 
 def read_run(workdir: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import signal
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,10 +48,11 @@ def train(config: TrainConfig, workdir: str) -> str:
     if primary:
       overview.write(run, workdir)
       record.start(workdir, described, **overview.facts(run))
+      stack.enter_context(record.failure_noted(workdir))
 
     batches = stack.enter_context(train_batches(run, first))
-    writers = stack.enter_context(metrics.Writers(workdir, config.writers, resume_step=first, primary=primary))
-    progress = stack.enter_context(metrics.Progress(run.total_steps, first, config.batch_size, quiet=not primary))
+    writers = stack.enter_context(metrics.Writers(workdir, config.writers, resume_step=first or None, primary=primary))
+    progress = stack.enter_context(metrics.Progress(run.total_steps, first, *run.pace, quiet=not primary))
     interrupt = stack.enter_context(Interrupt())
     progress.say(overview.headline(run))
 
@@ -240,7 +242,8 @@ class Interrupt:
     self.asked = False
 
   def __enter__(self) -> Interrupt:
-    self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    here = threading.current_thread() is threading.main_thread()  # Python gives signals to no other.
+    self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT) if here}
     return self
 
   def _ask(self, number, frame):

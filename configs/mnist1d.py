@@ -34,7 +34,6 @@ def get_config(arg=None):
   config = ml_collections.ConfigDict()
   config.total_steps = 6000
   config.batch_size = 100
-  config.mesh = [("data", 1)]
   config.data = dict(source=dict(name="mnist1d", split="train"))
   config.model = MODELS[arg.model]
   config.task = dict(name="classification", inputs="x")

@@ -28,7 +28,6 @@ def get_config(arg=None):
   config.schedule = dict(name="cosine", peak=4e-3, warmup=100, final=1e-4)
   config.decay = [(".*(kernel|embedding)", 0.1)]
   config.clip = dict(norm=1.0)
-  config.mesh = [("data", 1)]  # 12 examples a step; more devices want a larger batch.
   config.evals = dict(
     val=dict(
       evaluator=dict(name="perplexity", bytes_per_token=1.0),

@@ -120,6 +120,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_bitwise(tmp_path, monkeyp
     patch.setattr(train.Logger, "step", killed)
     with pytest.raises(RuntimeError, match="plug"):
       train.train(tiny(), parts)
+  assert record.read_run(parts)["status"] == "failed" and "plug" in record.read_run(parts)["error"]
   train.train(tiny(), parts)
   assert_equal(final(whole, tiny()), final(parts, tiny()))
   assert rows(whole) == rows(parts)
@@ -344,6 +345,9 @@ def test_a_damaged_checkpoint_is_a_fault_told_in_words(tmp_path):
     (dict(keep=dict(best="test/accuracy")), "config.keep.best"),
     (dict(sharding=[("params.*", "replicate")]), "config.sharding"),
     (dict(log_every="5 tokens"), "config.log_every"),
+    (dict(log_every=0), "config.log_every must be positive"),
+    (dict(claim=dict(metric="val/accuracy")), "config.claim needs one"),
+    (dict(claim=dict(metric="test/accuracy", at_least=1.0)), "config.claim.metric"),
     (dict(keep=dict(last=0)), "config.keep.last must be positive"),
     (dict(early_stop=dict(metric="val/loss", patience=0)), "config.early_stop.patience must be positive"),
     (dict(evals=dict(val=TINY["evals"]["val"] | dict(batch_size=0))), "config.evals.val.batch_size must be positive"),

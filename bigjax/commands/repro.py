@@ -22,6 +22,8 @@ def main(argv: list[str]) -> int:
   into = args.into or args.workdir.rstrip("/") + "-repro"
   described = record.read_config(args.workdir)
   before = record.read_run(args.workdir)
+  if os.path.isdir(into) and os.listdir(into):
+    raise UserError(f"--into={into} is there already; a repetition starts from nothing. Remove it or name another.")
   for what, old, new in (
     ("package", before.get("versions", {}), record.versions()),
     ("code", before.get("git", {}), record.git_state()),
