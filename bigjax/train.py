@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import math
@@ -42,8 +43,10 @@ def train(config: TrainConfig, workdir: str) -> str:
     stack.enter_context(jax.set_mesh(run.mesh))
     checkpoints = stack.enter_context(Checkpoints(workdir, run.keep()))
     evals = [Evaluation.of(run, name, e) for name, e in config.evals.items()]
-    state, loop = start(run, checkpoints)
-    first = int(state.step)
+    with concurrent.futures.ThreadPoolExecutor(1) as background:
+      compiling = background.submit(compile_step, run)  # While the first state is made or read.
+      state, loop = start(run, checkpoints)
+    step_fn, first = compiling.result(), int(state.step)
     watch = Watch.of(config.keep, config.early_stop, config.evals, loop)
     if primary:
       overview.write(run, workdir)
@@ -56,7 +59,6 @@ def train(config: TrainConfig, workdir: str) -> str:
     interrupt = stack.enter_context(Interrupt())
     progress.say(overview.headline(run))
 
-    step_fn = make_step(run)
     key = jax.device_put(jax.random.fold_in(jax.random.key(config.seed), 1), sharding.replicated(run.mesh))
     logger = Logger(writers, progress)
     log_every = run.steps(config.log_every, "config.log_every")
@@ -128,8 +130,19 @@ def start(run: Experiment, checkpoints: Checkpoints) -> tuple[states.TrainState,
   return initialise.from_config(run, state), {}
 
 
+def compile_step(run: Experiment):
+  """Returns the step compiled for the run's shapes and layouts: one program, which takes no others."""
+  replicated = sharding.replicated(run.mesh)
+  laid_out = lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+  state = jax.tree.map(laid_out, run.abstract, run.shardings)
+  batch = {k: laid_out(v, sharding.batch_sharding(run.mesh)) for k, v in run.batch.items()}
+  key = laid_out(jax.eval_shape(lambda: jax.random.key(0)), replicated)
+  with jax.set_mesh(run.mesh):
+    return make_step(run).lower(state, batch, key).compile()
+
+
 def make_step(run: Experiment):
-  """Returns `(state, batch, key) -> (state, metrics)`, compiled, the old state's memory given to the new."""
+  """Returns `(state, batch, key) -> (state, metrics)`, under `jit`, the old state's memory given to the new."""
   model, task, tx = run.model, run.task, run.optimizer.tx
 
   def loss(params, extras, batch, key):

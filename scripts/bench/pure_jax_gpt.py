@@ -111,6 +111,7 @@ def main():
     return rng.integers(0, args.vocab, (args.batch, args.context + 1), dtype=np.int32)
 
   state, loss = step(state, batch())
+  loss.block_until_ready()
   print(f"step 1 after {seconds_since_process_start():.1f} s (loss {float(loss):.4f})", flush=True)
   seconds = []
   for _ in range(args.steps):
