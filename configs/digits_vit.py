@@ -29,7 +29,7 @@ def digits(split):
 
 def get_config():
   config = ml_collections.ConfigDict()
-  config.total_steps = "140 epochs"
+  config.total_steps = "110 epochs"
   config.batch_size = 64
   config.data = dict(source=digits("[:80%]"), preprocess=f"random_affine(12,0.08,(0.9,1.1),8.0)|{SCALE}")
   config.model = dict(

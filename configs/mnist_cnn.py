@@ -3,7 +3,7 @@
 Command   bigjax train --config=configs/mnist_cnn.py --workdir=runs/mnist_cnn
           bigjax train --config=configs/mnist_cnn.py:deep --workdir=runs/mnist_cnn_deep
 Data      scripts/local_data.sh data   (or :small,data=DIR for another place)
-Hardware  2 CPU cores, a few minutes; `deep` some 20
+Hardware  2 CPU cores, a few minutes; `deep` some 10
 Expected  99.0% of the test digits within 10 epochs; `deep` 99.5%; see RESULTS.md
 Source    small: Conv 32, pool, dense 128 as in many tutorials; deep: our own; data: Y. LeCun, C. Cortes, C. Burges
 """
@@ -24,7 +24,7 @@ def get_config(arg=None):
     return dict(name="arrays", path=files, num_classes=10, shape=(28, 28, 1), hint="run scripts/local_data.sh data")
 
   config = ml_collections.ConfigDict()
-  config.total_steps = "15 epochs" if deep else "10 epochs"
+  config.total_steps = "8 epochs" if deep else "10 epochs"
   config.batch_size = 128
   augmentation = "random_affine(12,0.1,(0.85,1.15),8.0)|" if deep else "random_shift(1)|"
   config.data = dict(source=mnist("train"), preprocess=augmentation + STANDARDIZE)
