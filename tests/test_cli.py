@@ -119,7 +119,8 @@ def test_a_mistake_is_one_message_and_exit_code_2(config, tmp_path, flags, words
 
 def test_a_refused_run_does_not_occupy_its_workdir(config, tmp_path):
   bigjax("train", f"--config={config}", f"--workdir={tmp_path}", "--config.model.num_outputs=2", code=2)
-  bigjax("train", f"--config={config}", f"--workdir={tmp_path}")
+  out, _ = bigjax("train", f"--config={config}", f"--workdir={tmp_path}")
+  assert "Finished at step 8 of 8" in out
 
 
 def test_a_workdir_of_another_config_is_refused(finished, config):

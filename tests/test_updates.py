@@ -244,7 +244,8 @@ def test_average_and_parameters_may_be_given_away_both():
   optimizer = updates.make(optax.sgd, RATE, PARAMS, ema=0.9)
   params = jax.tree.map(jnp.asarray, PARAMS)
   step = jax.jit(lambda p, s: optimizer.tx.update(p, s, p), donate_argnums=(0, 1))
-  step(params, jax.jit(optimizer.tx.init)(params))
+  _, state = step(params, jax.jit(optimizer.tx.init)(params))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
 # Plateaus
