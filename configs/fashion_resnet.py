@@ -5,7 +5,7 @@ Data      scripts/local_data.sh data   (or :data=DIR for another place)
 Hardware  2 CPU cores, about 20 minutes
 Expected  93% of the test images; see RESULTS.md
 Source    the network is a CIFAR ResNet (n = 2) of https://arxiv.org/abs/1512.03385, section 4.2; the data is
-          https://arxiv.org/abs/1708.07747 (MIT), whose table of submissions has 92 to 94% for ResNets of this size
+          https://arxiv.org/abs/1708.07747 (MIT); the figure to reach is ours, not a published one
 """
 
 import ml_collections

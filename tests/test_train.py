@@ -106,7 +106,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_bitwise_the_same(tmp_path, monkey
   assert rows(whole) == rows(parts)
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint_bitwise(tmp_path, monkeypatch):
+def test_a_run_that_failed_goes_on_from_its_last_checkpoint_bitwise(tmp_path, monkeypatch):
   whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
   train.train(tiny(), whole)
   original = train.Logger.step
