@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -104,6 +105,14 @@ class ClaimConfig:
   source: str = ""  # Where the number comes from.
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+  """How a batch goes through the stages of a mesh with an axis `pipe`."""
+
+  microbatches: int | None = None  # Parts of a batch under way at once; None: as many as stages.
+  repeats: int = 1  # Rounds each of them makes: layers are dealt out to the stages in so many turns.
+
+
 Schedule = Annotated[Component, "schedules"]
 
 
@@ -133,7 +142,10 @@ class TrainConfig:
 
   # Where it runs.
   mesh: tuple[tuple[str, int], ...] = (("data", -1),)  # Axes, outermost first; -1 is what is left.
-  sharding: tuple[tuple[Regex, str], ...] = ((".*", "replicate"),)  # "replicate", "fsdp(data)", "split(tensor,-1)".
+  sharding: str | tuple[tuple[Regex, str], ...] = "replicated"  # "fsdp+tensor", or rules: see bigjax/sharding.py.
+  activations: Mapping[str, str | tuple[str, ...] | None] = dataclasses.field(default_factory=dict)  # Word: axes.
+  sequence: Literal["ring", "ulysses"] = "ring"  # How attention works where the mesh splits sequences.
+  pipeline: PipelineConfig = PipelineConfig()
 
   # What is measured, kept and shown.
   evals: Mapping[str, EvalConfig] = dataclasses.field(default_factory=dict)
@@ -146,7 +158,8 @@ class TrainConfig:
 
 
 # A run may go on under a config that differs in these: they don't change what is computed.
-OBSERVING = ("evals", "log_every", "checkpoint_every", "keep", "early_stop", "writers", "claim", "mesh", "sharding")
+OBSERVING = ("evals", "log_every", "checkpoint_every", "keep", "early_stop", "writers", "claim")
+OBSERVING += ("mesh", "sharding", "activations", "sequence", "pipeline")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +184,7 @@ class Experiment:
   """The objects of a run."""
 
   config: TrainConfig
-  mesh: jax.sharding.Mesh
+  layout: sharding.Layout
   data: Stream
   batch: Mapping[str, jax.ShapeDtypeStruct]  # The shapes of a global batch.
   clock: schedules.Clock
@@ -181,6 +194,10 @@ class Experiment:
   outputs: Mapping[str, jax.ShapeDtypeStruct]  # What the task predicts of a batch.
   abstract: states.TrainState  # Shapes of the state.
   shardings: states.TrainState  # Layout of the state.
+
+  @property
+  def mesh(self) -> jax.sharding.Mesh:
+    return self.layout.mesh
 
   @property
   def total_steps(self) -> int:
@@ -203,11 +220,19 @@ class Experiment:
   def init(self, key: jax.Array) -> states.TrainState:
     """Returns the first state, made in place on its devices."""
     create = functools.partial(states.create, model=self.model, tx=self.optimizer.tx)
-    return jax.jit(create, out_shardings=self.shardings)(key)
+    with sharding.use(self.layout):
+      return jax.jit(create, out_shardings=self.shardings)(key)
+
+  def loss(self, params, extras, batch: Mapping[str, jax.Array], key: jax.Array):
+    """Returns (sums, extras as the call left them); pure, for use under `jit`."""
+    with sharding.use(self.layout):
+      module = self.model.bind(params, extras)
+      return self.task.loss(module, batch, key=key), self.model.extras(module)
 
   def predict(self, state: states.TrainState, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """What the model says of a batch; pure, for use under `jit`."""
-    return self.task.predict(self.model.bind(state.params, state.extras), batch)
+    with sharding.use(self.layout):
+      return self.task.predict(self.model.bind(state.params, state.extras), batch)
 
   def checked(self, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
     """Passes NumPy batches on, through the task's `check` if it has one."""
@@ -225,31 +250,57 @@ class Experiment:
 
 def build(config: TrainConfig) -> Experiment:
   """Returns the experiment that `config` describes; raises `UserError` for what can't work, before any device does."""
-  mesh = sharding.make_mesh(config.mesh)
-  _check_sizes(config, mesh)
+  layout = _layout(config)
+  _check_sizes(config, layout.mesh)
   Watch.of(config.keep, config.early_stop, config.evals, {})  # Refuses metrics that no evaluator gives.
   _check_claim(config)
   data = Stream.of(config.data)
   batch = data.spec(config.batch_size)
   clock = _clock(config, data, batch)
   model, task = states.Model(config.model), config.task()
-  params, extras = model.abstract
-  optimizer = updates.make(
-    config.optimizer,
-    _schedules(config.schedule, clock),
-    params,
-    clip=None if config.clip is None else dataclasses.asdict(config.clip),
-    decay=config.decay,
-    lr_multipliers=config.lr_multipliers,
-    freeze=config.freeze,
-    ema=config.ema,
-    ema_warmup=config.ema_warmup,
-  )
-  outputs = _trace(model, task, params, extras, dict(batch))
+  with sharding.use(layout):
+    params, extras = model.abstract
+    optimizer = updates.make(
+      config.optimizer,
+      _schedules(config.schedule, clock),
+      params,
+      clip=None if config.clip is None else dataclasses.asdict(config.clip),
+      decay=config.decay,
+      lr_multipliers=config.lr_multipliers,
+      freeze=config.freeze,
+      ema=config.ema,
+      ema_warmup=config.ema_warmup,
+    )
+    outputs = _trace(model, task, params, extras, dict(batch))
   opt_state = jax.eval_shape(optimizer.tx.init, params)
   abstract = states.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, extras, opt_state)
-  shardings = sharding.shard_tree(abstract, config.sharding, mesh)
-  return Experiment(config, mesh, data, batch, clock, model, task, optimizer, outputs, abstract, shardings)
+  roles = _roles(config.model)
+  shardings = sharding.shard_tree(abstract, config.sharding, layout.mesh, roles=roles, repeats=layout.repeats)
+  return Experiment(config, layout, data, batch, clock, model, task, optimizer, outputs, abstract, shardings)
+
+
+def _layout(config):
+  mesh = sharding.make_mesh(config.mesh)
+  stages = mesh.shape.get("pipe", 1)
+  if config.pipeline.repeats < 1 or (config.pipeline.microbatches or 1) < 1:
+    raise UserError(f"config.pipeline: microbatches and repeats must be positive, not {config.pipeline}.")
+  if stages == 1 and config.pipeline != PipelineConfig():
+    raise UserError("config.pipeline: the mesh has no axis 'pipe'; add ('pipe', stages) to config.mesh.")
+  return sharding.Layout(
+    mesh=mesh,
+    words=sharding.words(config.activations),
+    sequence=config.sequence,
+    microbatches=config.pipeline.microbatches or stages,
+    repeats=config.pipeline.repeats,
+  )
+
+
+def _roles(model):
+  """The tables of the model's file that say which dimensions tensor and expert parallelism split."""
+  file = sys.modules[model.factory.__module__]
+  return {
+    axis: getattr(file, table) for axis, table in (("tensor", "TENSOR"), ("expert", "EXPERT")) if hasattr(file, table)
+  }
 
 
 def _check_sizes(config, mesh):

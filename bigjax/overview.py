@@ -14,7 +14,8 @@ from bigjax import paths, record, sharding
 def rows(run) -> list[dict[str, Any]]:
   """One row a leaf of the state: path, shape, dtype, count, rule, spec, bytes and bytes a device."""
   names = paths.names(run.abstract)
-  rules = paths.first_match([r[0] for r in run.config.sharding], names, "config.sharding")
+  given = sharding.as_rules(run.config.sharding)
+  rules = paths.first_match([r[0] for r in given], names, "config.sharding")
   leaves, layouts = jax.tree.leaves(run.abstract), jax.tree.leaves(run.shardings)
   return [
     {
@@ -22,7 +23,7 @@ def rows(run) -> list[dict[str, Any]]:
       "shape": list(leaf.shape),
       "dtype": str(leaf.dtype),
       "count": math.prod(leaf.shape),
-      "rule": list(run.config.sharding[rule]),
+      "rule": list(given[rule]),
       "spec": str(tuple(layout.spec)),
       "bytes": math.prod(leaf.shape) * leaf.dtype.itemsize,
       "bytes_a_device": sharding.bytes_a_device(leaf, layout),

@@ -1,16 +1,25 @@
-"""Where arrays live: the mesh, and rules from names of leaves to layouts.
+"""Where arrays live: the mesh, rules from names of leaves to layouts, and words for the axes of activations.
 
 The model says nothing about devices. A rule is `(regex, strategy)`; the first whose regex matches a leaf's whole path
 decides, for parameters, optimizer moments (their path ends in the parameter's) and everything else in the state alike.
-Strategies count dimensions from the right, so a stack of scanned layers needs no rule of its own.
+A strategy is one or more words joined by "+", such as "fsdp+tensor"; one string instead of a list of rules is that
+strategy for every leaf. Dimensions count from the right, so a stack of scanned layers needs no rule of its own.
+
+Inside the step, a model names the axes of an activation in words, `constrain(x, "batch", "seq", "embed")`; `Layout`
+maps words to axes of the mesh. Without a mesh every word is the identity.
 """
 
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,11 +28,31 @@ from bigjax.errors import UserError, suggest
 
 AXES = ("replica", "data", "pipe", "expert", "seq", "tensor")  # Outermost first: slices lie along the outer ones.
 
+# An expert axis holds different experts, and outside of their layers different examples.
+WORDS = {
+  "batch": ("replica", "data", "expert"),
+  "seq": ("seq",),
+  "embed": (),
+  "heads": ("tensor",),
+  "hidden": ("tensor",),
+  "vocab": ("tensor",),
+  "experts": ("expert",),
+  "stage": ("pipe",),
+}
+
+ACCIDENT = 64 * 2**20  # Bytes of a leaf that nobody means to have whole on every device.
+
 Rule = tuple[str, str]
 
 
+# The mesh
+
+
 def make_mesh(axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-  """Returns the mesh of `[("data", -1), ("tensor", 2)]`: at most one size is -1, which takes the devices left."""
+  """Returns the mesh of `[("data", -1), ("tensor", 2)]`: at most one size is -1, which takes the devices left.
+
+  Slices of a multi-slice job, which a slower network joins, lie along the outermost axes.
+  """
   devices = jax.devices() if devices is None else devices
   names, sizes = [n for n, _ in axes], [s for _, s in axes]
   for name in names:
@@ -36,71 +65,42 @@ def make_mesh(axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | N
   known = math.prod(s for s in sizes if s != -1)
   if len(devices) % known or (-1 not in sizes and known != len(devices)):
     raise UserError(
-      f"config.mesh: {dict(axes)} does not make up the {len(devices)} devices there are; "
-      f"the sizes must multiply to {len(devices)}, or leave one -1 and let the others divide it."
+      f"config.mesh: {dict(axes)} does not make up the {len(devices)} devices there are; the sizes must multiply to "
+      f"{len(devices)}, or leave one -1 and let the others divide it, such as {_nearest(names, sizes, len(devices))}."
     )
   sizes = [len(devices) // known if s == -1 else s for s in sizes]
-  return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
+  slices = len({getattr(d, "slice_index", 0) for d in devices})
+  if slices > 1:
+    outer = _over_slices(names, sizes, slices)
+    inner = [s // o for s, o in zip(sizes, outer, strict=True)]
+    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+  else:
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return jax.sharding.Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def replicate(shape, mesh):
-  """A whole copy on every device."""
-  del mesh
-  return (None,) * len(shape)
+def _nearest(names, sizes, count):
+  """The mesh of `count` devices that differs least: each size the nearest that still divides what is left."""
+  found, left = {}, count
+  for name, size in list(zip(names, sizes, strict=True))[:0:-1]:
+    divisors = [d for d in range(1, left + 1) if left % d == 0]
+    found[name] = divisors[min(range(len(divisors)), key=lambda i, d=divisors, s=size: abs(d[i] - s))]
+    left //= found[name]
+  return {names[0]: left} | dict(reversed(found.items()))
 
 
-def fsdp(shape, mesh, axis="data", min_size=2**10):
-  """Splits the largest dimension that `axis` divides, leaving arrays under `min_size` elements whole (ZeRO-3)."""
-  spec = [None] * len(shape)
-  if math.prod(shape) >= min_size:
-    for i in np.argsort(shape, stable=True)[::-1]:
-      if shape[i] % mesh.shape[axis] == 0:
-        spec[i] = axis
-        break
-  return tuple(spec)
-
-
-def split(shape, mesh, axis, dim):
-  """Splits dimension `dim`, counted from the right (-1 is the last), along `axis`."""
-  if not -len(shape) <= dim < 0:
-    raise UserError(f"dimension {dim} of shape {shape} does not exist; count from the right, from -1 to -{len(shape)}.")
-  if shape[dim] % mesh.shape[axis]:
-    raise UserError(f"the {mesh.shape[axis]} devices of axis {axis!r} do not divide dimension {dim} of shape {shape}.")
-  spec = [None] * len(shape)
-  spec[dim] = axis
-  return tuple(spec)
-
-
-STRATEGIES = {"replicate": replicate, "fsdp": fsdp, "split": split}
-
-
-def shard_tree(abstract, rules: Sequence[Rule], mesh):
-  """Returns a `NamedSharding` for every leaf of `abstract`; raises `UserError` for a leaf or a rule without match."""
-  names = paths.names(abstract)
-  chosen = paths.first_match([r[0] for r in rules], names, "config.sharding")
-  shardings = []
-  for name, index, leaf in zip(names, chosen, jax.tree.leaves(abstract), strict=True):
-    if index is None:
-      raise UserError(f"config.sharding: no rule matches {name!r} {leaf.shape}; end the list with ('.*', 'replicate').")
-    pattern, strategy = rules[index]
-    try:
-      shardings.append(NamedSharding(mesh, P(*_apply(strategy, leaf.shape, mesh))))
-    except UserError as e:
-      raise UserError(f"config.sharding: rule ({pattern!r}, {strategy!r}) on {name!r}: {e}") from None
-  return jax.tree.unflatten(jax.tree.structure(abstract), shardings)
-
-
-def _apply(strategy, shape, mesh):
-  """Calls `name(arg, ...)`; a strategy that names an axis the mesh lacks is an error, not a silent copy."""
-  if not (call := re.fullmatch(r"(\w+)(?:\((.*)\))?", strategy.strip())) or call[1] not in STRATEGIES:
-    raise UserError(f"there is no such strategy.{suggest(strategy.partition('(')[0], STRATEGIES)}")
-  args = [int(a) if re.fullmatch(r"-?\d+", a) else a for a in filter(None, re.split(r"[\s,]+", call[2] or ""))]
-  if call[1] in ("fsdp", "split") and args and args[0] not in mesh.shape:
-    raise UserError(f"the mesh has no axis {args[0]!r}.{suggest(args[0], mesh.shape)}")
-  try:
-    return STRATEGIES[call[1]](shape, mesh, *args)
-  except (TypeError, KeyError) as e:
-    raise UserError(f"wrong arguments {args}: write replicate, fsdp(data) or split(tensor,-1).") from e
+def _over_slices(names, sizes, slices):
+  """The part of each axis that crosses slices, taken from the outermost in."""
+  outer, left = [], slices
+  for size in sizes:
+    outer.append(math.gcd(size, left))
+    left //= outer[-1]
+  if left > 1:
+    raise UserError(
+      f"config.mesh: {dict(zip(names, sizes, strict=True))} can't be laid over {slices} slices; "
+      f"give the outermost axis a multiple of {slices}, such as ('replica', {slices})."
+    )
+  return outer
 
 
 def replicated(mesh) -> NamedSharding:
@@ -110,14 +110,315 @@ def replicated(mesh) -> NamedSharding:
 
 def batch_sharding(mesh) -> NamedSharding:
   """Examples are split over every axis along which data differs."""
-  return NamedSharding(mesh, P(tuple(a for a in mesh.axis_names if a in ("replica", "data"))))
+  return NamedSharding(mesh, P(_batch_axes(mesh)))
 
 
 def batch_ways(mesh) -> int:
   """The number of parts a global batch is split into."""
-  return math.prod(mesh.shape[a] for a in mesh.axis_names if a in ("replica", "data"))
+  return math.prod(mesh.shape[a] for a in _batch_axes(mesh))
+
+
+def _batch_axes(mesh):
+  return tuple(a for a in mesh.axis_names if a in WORDS["batch"])
+
+
+# The state
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """What a strategy sees of a leaf."""
+
+  shape: tuple[int, ...]
+  layers: int  # Leading dimensions that count layers: 1 in a scanned stack, 2 in one grouped for a circular pipeline.
+  roles: Mapping[str, int]  # The dimension, from the right, that "tensor" or "expert" splits, as the model has it.
+
+
+def _replicate(leaf, mesh, taken):
+  """A whole copy on every device."""
+  return {}
+
+
+def _fsdp(leaf, mesh, taken, *args):
+  """Splits the largest dimension left that the axes divide (ZeRO-3): data, and expert and seq where there are any.
+
+  Arguments: axes, and the size in elements below which an array is left whole.
+  """
+  axes = [a for a in args if isinstance(a, str)]
+  min_size = next((a for a in args if isinstance(a, int)), 2**10)
+  _check_axes(axes or ["data"], mesh)
+  axes = axes or [a for a in ("data", "expert", "seq") if mesh.shape.get(a, 1) > 1 and a not in taken.values()]
+  if math.prod(leaf.shape) < min_size:
+    return {}
+  # Not the layers: a scan would gather all of them for each.
+  free = [i for i in range(leaf.layers - len(leaf.shape), 0) if i not in taken]
+  while axes:
+    parts = math.prod(mesh.shape[a] for a in axes)
+    for i in sorted(free, key=lambda i: -leaf.shape[i]):
+      if leaf.shape[i] % parts == 0:
+        return {i: axes[0] if len(axes) == 1 else tuple(axes)}
+    axes = axes[:-1]
+  return {}
+
+
+def _hsdp(leaf, mesh, taken):
+  """Fully sharded within a replica, a copy in each: the gathering stays on the fast network."""
+  _check_axes(["replica", "data"], mesh)
+  return _fsdp(leaf, mesh, taken, "data")
+
+
+def _split(leaf, mesh, taken, axis, dim):
+  """Splits dimension `dim`, counted from the right (-1 is the last), along `axis`."""
+  _check_axes([axis], mesh)
+  if not -len(leaf.shape) <= dim < 0:
+    raise UserError(
+      f"dimension {dim} of shape {leaf.shape} does not exist; count from the right, from -1 to -{len(leaf.shape)}."
+    )
+  _check_divides(leaf.shape, dim, axis, mesh)
+  return {dim: axis}
+
+
+def _tensor(leaf, mesh, taken):
+  """As the model's own table `TENSOR` has it; what is not in it stays whole."""
+  return _by_role(leaf, mesh, "tensor")
+
+
+def _expert(leaf, mesh, taken):
+  """As the model's own table `EXPERT` has it."""
+  return _by_role(leaf, mesh, "expert")
+
+
+def _pipe(leaf, mesh, taken):
+  """Splits stacked layers into stages."""
+  _check_axes(["pipe"], mesh)
+  if not leaf.layers:
+    return {}
+  dim = leaf.layers - 1 - len(leaf.shape)
+  _check_divides(leaf.shape, dim, "pipe", mesh)
+  return {dim: "pipe"}
+
+
+def _by_role(leaf, mesh, axis):
+  _check_axes([axis], mesh)
+  if axis not in leaf.roles:
+    return {}
+  _check_divides(leaf.shape, leaf.roles[axis], axis, mesh)
+  return {leaf.roles[axis]: axis}
+
+
+# In this order, whatever the order they are named in: fsdp takes what the others leave.
+STRATEGIES = {
+  "replicate": _replicate,
+  "replicated": _replicate,
+  "pipe": _pipe,
+  "expert": _expert,
+  "tensor": _tensor,
+  "split": _split,
+  "hsdp": _hsdp,
+  "fsdp": _fsdp,
+}
+
+
+def shard_tree(abstract, rules: Sequence[Rule] | str, mesh, *, roles: Mapping[str, Sequence] = {}, repeats: int = 1):
+  """Returns a `NamedSharding` for every leaf of `abstract`.
+
+  Args:
+    abstract: Shapes; where it has `params`, these are what `roles` speak of.
+    rules: `(regex, strategy)` by first match, or one strategy for all.
+    mesh: The devices.
+    roles: `{"tensor": ((regex, dimension from the right), ...), "expert": ...}`, a model's tables.
+    repeats: Rounds of a circular pipeline: stacked layers have two leading dimensions if there are several.
+
+  Raises:
+    UserError: A leaf without rule, a rule without leaf, a size that an axis does not divide, an axis that is not there,
+      or a large leaf that its strategy means to split but can't.
+  """
+  rules = as_rules(rules)
+  names = paths.names(abstract)
+  chosen = paths.first_match([r[0] for r in rules], names, "config.sharding")
+  describe = _describer(abstract, roles, repeats)
+  shardings = []
+  for name, index, leaf in zip(names, chosen, jax.tree.leaves(abstract), strict=True):
+    if index is None:
+      raise UserError(
+        f"config.sharding: no rule matches {name!r} {leaf.shape}; end the list with ('.*', 'replicated')."
+      )
+    pattern, strategy = rules[index]
+    try:
+      spec = _apply(strategy, describe(name, leaf.shape), mesh)
+      _check_not_whole_by_accident(leaf, spec, strategy, mesh)
+    except UserError as e:
+      raise UserError(f"config.sharding: rule ({pattern!r}, {strategy!r}) on {name!r}: {e}") from None
+    shardings.append(NamedSharding(mesh, P(*spec)))
+  return jax.tree.unflatten(jax.tree.structure(abstract), shardings)
+
+
+def as_rules(rules: Sequence[Rule] | str) -> tuple[Rule, ...]:
+  """One strategy for all is short for one rule."""
+  return ((".*", rules),) if isinstance(rules, str) else tuple(rules)
+
+
+def _describer(abstract, roles, repeats):
+  """Returns `(name, shape) -> Leaf`: what a leaf is to the model it belongs to."""
+  params = getattr(abstract, "params", abstract)
+  shapes = {n: p.shape for n, p in zip(paths.names(params), jax.tree.leaves(params), strict=True)}
+
+  def describe(name, shape):
+    parts = name.split("/")
+    suffixes = ("/".join(parts[i:]) for i in range(len(parts)))
+    param = next((s for s in suffixes if s in shapes), None)
+    if param is None or shapes[param] != shape:  # Such as Adafactor's moments of rows.
+      return Leaf(shape, 0, {})
+    stacked = re.fullmatch(r"(?:.*/)?blocks/(?!\d+/).*", param) is not None
+    matched = {a: next((d for regex, d in table if re.fullmatch(regex, param)), None) for a, table in roles.items()}
+    return Leaf(shape, (1 + (repeats > 1)) * stacked, {a: d for a, d in matched.items() if d is not None})
+
+  return describe
+
+
+def _apply(strategy, leaf, mesh):
+  """Returns the spec of a leaf; strategies joined by "+" each take dimensions that the others left."""
+  calls = []
+  for word in _words(strategy):
+    if not (call := re.fullmatch(r"(\w+)(?:\((.*)\))?", word)) or call[1] not in STRATEGIES:
+      raise UserError(f"there is no such strategy.{suggest(word.partition('(')[0], STRATEGIES)}")
+    args = [int(a) if re.fullmatch(r"-?\d+", a) else a for a in filter(None, re.split(r"[\s,]+", call[2] or ""))]
+    calls.append((call[1], args))
+  taken = {}
+  for name, args in sorted(calls, key=lambda call: list(STRATEGIES).index(call[0])):
+    try:
+      found = STRATEGIES[name](leaf, mesh, taken, *args)
+    except (TypeError, KeyError) as e:
+      raise UserError(
+        f"wrong arguments {args} of {name}: write fsdp, fsdp(data), split(tensor,-1) or fsdp+tensor."
+      ) from e
+    if clash := taken.keys() & found.keys():
+      raise UserError(f"dimension {min(clash)} of shape {leaf.shape} would be split twice.")
+    taken |= found
+  return [taken.get(i) for i in range(-len(leaf.shape), 0)]
+
+
+def _words(strategy):
+  """The strategies joined by "+"; a plus within brackets is not one."""
+  return [word.strip() for word in re.split(r"\+(?![^(]*\))", strategy)]
+
+
+def _check_axes(axes, mesh):
+  for axis in axes:
+    if axis not in mesh.shape:
+      raise UserError(f"the mesh has no axis {axis!r}.{suggest(axis, mesh.shape)} Add it to config.mesh.")
+
+
+def _check_divides(shape, dim, axis, mesh):
+  size, parts = shape[dim], mesh.shape[axis]
+  if size % parts:
+    near = sorted((d for d in range(1, size + 1) if size % d == 0), key=lambda d: abs(d - parts))[:2]
+    raise UserError(
+      f"the {parts} devices of axis {axis!r} do not divide dimension {dim} of shape {tuple(shape)}; "
+      f"{' or '.join(map(str, sorted(near)))} would."
+    )
+
+
+def _check_not_whole_by_accident(leaf, spec, strategy, mesh):
+  size = math.prod(leaf.shape) * leaf.dtype.itemsize
+  meant = _words(strategy) in (["replicate"], ["replicated"])
+  if not meant and size > ACCIDENT and mesh.size > 1 and not any(spec):
+    raise UserError(
+      f"{size / 2**20:.0f} MiB {tuple(leaf.shape)} would be whole on each of {mesh.size} devices: nothing divides it. "
+      "Change its size, or say that it is meant by a rule with 'replicated' for it."
+    )
 
 
 def bytes_a_device(leaf, sharding: NamedSharding) -> int:
   """The bytes of `leaf` that one device holds."""
   return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+# Activations
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """What a computation inside the step may know of the devices."""
+
+  mesh: jax.sharding.Mesh | None = None
+  words: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: WORDS)
+  sequence: str = "ring"  # How attention sees a sequence that is split: "ring" or "ulysses".
+  microbatches: int = 1  # That a pipeline works on.
+  repeats: int = 1  # Rounds of a circular pipeline.
+
+  def axes(self, word: str | None) -> tuple[str, ...]:
+    """The axes of the mesh that a word stands for; those of one device are left out."""
+    if self.mesh is None or word is None:
+      return ()
+    return tuple(a for a in self.words[word] if self.mesh.shape.get(a, 1) > 1)
+
+  def size(self, word: str) -> int:
+    """The number of parts that a dimension of that name is split into."""
+    return math.prod(self.mesh.shape[a] for a in self.axes(word)) if self.mesh is not None else 1
+
+  def spec(self, *words: str | None) -> P:
+    """The layout of an array whose dimensions have these names; None is a dimension that is whole."""
+    axes = [self.axes(word) for word in words]
+    return P(*(None if not a else a[0] if len(a) == 1 else a for a in axes))
+
+
+_NOWHERE = Layout()
+_current: contextvars.ContextVar[Layout] = contextvars.ContextVar("layout", default=_NOWHERE)
+
+
+def current() -> Layout:
+  """Returns the layout that the code being traced is for."""
+  return _current.get()
+
+
+@contextlib.contextmanager
+def use(layout: Layout) -> Iterator[None]:
+  """Traces what is within for `layout`."""
+  token = _current.set(layout)
+  try:
+    yield
+  finally:
+    _current.reset(token)
+
+
+def constrain(x: jax.Array, *words: str | None) -> jax.Array:
+  """Lays an activation out by the names of its dimensions; identity where none of them is split.
+
+  Raises:
+    UserError: A dimension that its axes do not divide.
+  """
+  layout = current()
+  spec = layout.spec(*words)
+  if not any(spec):
+    return x
+  for dim, word in enumerate(words):
+    if x.shape[dim] % (parts := layout.size(word) if word else 1):
+      near = max(parts, x.shape[dim] // parts * parts)
+      raise UserError(
+        f"config.mesh: {word!r} has {x.shape[dim]} in an activation of shape {x.shape}, which the {parts} devices of "
+        f"{'x'.join(layout.axes(word))} do not divide; {near} or {near + parts} would, or another size of the axis."
+      )
+  return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+
+
+def words(given: Mapping[str, str | Sequence[str] | None]) -> dict[str, tuple[str, ...]]:
+  """Returns the words of activations, some of them mapped anew by a config.
+
+  Raises:
+    UserError: A word that no model uses, an axis that does not exist.
+  """
+  found = dict(WORDS)
+  for word, axes in given.items():
+    if word not in WORDS:
+      raise UserError(f"config.activations.{word}: no activation has this word.{suggest(word, WORDS)}")
+    found[word] = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    for axis in found[word]:
+      if axis not in AXES:
+        raise UserError(f"config.activations.{word}: {axis!r} is not a mesh axis.{suggest(axis, AXES)}")
+  return found
+
+
+def seq_is_split() -> bool:
+  """Whether neighbours in a sequence may be on different devices."""
+  return current().size("seq") > 1

@@ -143,12 +143,11 @@ def compile_step(run: Experiment):
 
 def make_step(run: Experiment):
   """Returns `(state, batch, key) -> (state, metrics)`, under `jit`, the old state's memory given to the new."""
-  model, task, tx = run.model, run.task, run.optimizer.tx
+  tx = run.optimizer.tx
 
   def loss(params, extras, batch, key):
-    module = model.bind(params, extras)
-    sums = task.loss(module, batch, key=key)
-    return sums.sums["loss"], (sums, model.extras(module))
+    sums, extras = run.loss(params, extras, batch, key)
+    return sums.sums["loss"], (sums, extras)
 
   def mean_and_grads(params, extras, batch, key):
     """One division by the global weight, after everything is added up."""

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "bigjax"
 KINDS = ("models", "tasks", "data", "optimizers", "evaluators")
-SHARED = ("bigjax.errors", "bigjax.paths", "bigjax.schedules", "bigjax.sums")
+SHARED = ("bigjax.errors", "bigjax.paths", "bigjax.schedules", "bigjax.sharding", "bigjax.sums")
 HEAVY = ("tensorflow", "tensorflow_datasets", "clu", "matplotlib", "pandas", "pyarrow", "sklearn")
 
 
