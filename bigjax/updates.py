@@ -9,7 +9,11 @@ In this order, which is that of PyTorch, big_vision and optax's own recipes:
 5. Decoupled decay: minus rate(step) * s * param, as AdamW; then all of the update times the leaf's multiplier.
 6. Reduction on a plateau, which scales decay too.
 7. Averaging that the optimizer is built on (schedule-free).
-8. The moving average of the parameters as they are after the update.
+8. Rounding, where parameters are kept in bfloat16: parameter + update is one (`precision.py`).
+9. The moving average of the parameters as they are after the update, in float32.
+
+All of it in float32, whatever the gradient and the parameters are kept in. An update that overflowed float16 is none:
+the parameters and all that is kept here but the scale of the loss stay as they were.
 
 Frozen leaves take no part in any of it: no update, no memory, no share in a global norm. Where a paper has decay inside
 the optimizer (the trust ratio of LAMB and LARS), use the optimizer's own argument, which decays every leaf. And what
@@ -28,11 +32,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigjax import paths
+from bigjax import paths, precision
 from bigjax.errors import UserError, suggest
 from bigjax.schedules import Schedule
 
 PyTree = Any
+MEASURES = {"loss_scale": "scale", "skipped_steps": "skipped", "skipped_in_a_row": "skipped_in_a_row"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,24 @@ class Optimizer:
     """Returns the learning rates by name at `step`, including what a plateau has reduced them by."""
     scales = _find(opt_state, optax.contrib.ReduceLROnPlateauState)
     scale = lambda schedule: next(scales).scale if hasattr(schedule, "transform") else 1
+    for scaled in _find(opt_state, precision.LossScaleState):
+      step = step - scaled.skipped  # Schedules stand still where nothing is updated.
     return {name: schedule(step) * scale(schedule) for name, schedule in self.learning_rates.items()}
+
+  def loss_scale(self, opt_state: PyTree) -> Any:
+    """Returns what the summed loss is to be multiplied by before its gradient is taken; divide the gradient by it."""
+    return next((s.scale for s in _find(opt_state, precision.LossScaleState)), 1.0)
+
+  def unless_skipped(self, opt_state: PyTree, new: PyTree, old: PyTree) -> PyTree:
+    """Returns `new`, or `old` if the update that `opt_state` came from was skipped."""
+    for scaled in _find(opt_state, precision.LossScaleState):
+      new = jax.tree.map(lambda n, o, skipped=scaled.skipped_in_a_row > 0: jnp.where(skipped, o, n), new, old)
+    return new
+
+  def measures(self, opt_state: PyTree) -> dict[str, Any]:
+    """Returns what there is to log of the optimizer itself, by name."""
+    found = _find(opt_state, precision.LossScaleState)
+    return {k: getattr(s, w) for s in found for k, w in MEASURES.items()}
 
 
 def make(
@@ -65,6 +87,9 @@ def make(
   freeze: Sequence[str] = (),
   ema: float | None = None,
   ema_warmup: bool = False,
+  numbers: precision.PrecisionConfig = precision.FLOAT32,
+  seed: int = 0,
+  weight: float = 1.0,
 ) -> Optimizer:
   """Returns the optimizer that a config describes.
 
@@ -80,10 +105,14 @@ def make(
     ema: Decay of an exponential moving average of the parameters, offered as the view "ema". It starts at the first
       parameters.
     ema_warmup: Let the decay be at most (1 + t) / (10 + t) at update t, so that the start is soon forgotten.
+    numbers: What parameters and moments are kept in.
+    seed: Of the rounding by chance.
+    weight: About what the sum of the loss is divided by; see `precision.scaled`.
 
   Raises:
     UserError: A rule that decides nothing, a leaf without a schedule, a value out of range, decay said twice.
   """
+  abstract_params = precision.cast(abstract_params, jnp.float32)
   names = paths.names(abstract_params)
   rules = schedule if isinstance(schedule, Sequence) else ((".*", schedule),)
   group_of = _groups(rules, freeze, names)
@@ -105,15 +134,19 @@ def make(
     groups[index] = _finished(optimizer, rate, members, decays["decoupled"])
   mask = lambda among: paths.map_with_name(lambda name, _: group_of.get(name) in among, abstract_params)
   several = [_only(tx, mask({index})) for index, tx in groups.items()]
+  together = optax.chain(*several) if len(several) > 1 else groups[min(groups)]
   tx = _chain(
     gradient=getattr(optimizer, "before", None),  # The same in all groups.
     clip=_clip(clip or {}),
     penalty=_penalty(decays["l2"], decays["l1"]),
-    optimizer=optax.chain(*several) if len(several) > 1 else groups[min(groups)],
+    optimizer=precision.stored(together, seed) if numbers.narrow and numbers.moments != "float32" else together,
+    rounding=_rounding(numbers, seed),
     ema=None if ema is None else _average(ema, ema_warmup),
   )
   if len(group_of) < len(names):
     tx = optax.chain(_only(tx, mask(groups)), optax.masked(optax.set_to_zero(), mask({None})))
+  tx = precision.widened(tx) if numbers.narrow else tx
+  tx = precision.scaled(tx, numbers, weight) if numbers.mode == "float16" else tx
 
   views = {"averaged": _averaged} if averages else {}
   views |= {} if ema is None else {"ema": _ema}
@@ -286,6 +319,13 @@ def _decay(schedule, multipliers, strengths):
   return optax.GradientTransformation(init, update)
 
 
+def _rounding(numbers, seed):
+  """The stage after which parameter + update is of the type that parameters are kept in."""
+  if not numbers.narrow:
+    return None
+  return precision.kahan() if numbers.mode == "bfloat16_kahan" else precision.stochastic(seed)
+
+
 class EmaState(NamedTuple):
   """The moving average, under the parameters' own paths."""
 
@@ -332,6 +372,7 @@ def _ema(opt_state, params):
 
 def _averaged(opt_state, params):
   """Schedule-free's average x, from y = (1 - b1) z + b1 x."""
-  for state in _find(opt_state, optax.contrib.ScheduleFreeState):
+  params = precision.cast(params, jnp.float32)
+  for state in precision.cast(list(_find(opt_state, optax.contrib.ScheduleFreeState)), jnp.float32):
     params = _where_kept(lambda y, z, b1=state.b1: (y - (1 - b1) * z) / b1, params, state.z)
   return params
