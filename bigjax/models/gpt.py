@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
+from bigjax import sharding
 from bigjax.errors import UserError
 from bigjax.models import layers
 
@@ -19,6 +20,10 @@ VARIANTS = {
   "gpt2-large": dict(width=1280, depth=36, heads=20),
   "gpt2-xl": dict(width=1600, depth=48, heads=25),
 }
+
+
+# And the vocabulary: no device ever holds whole logits.
+TENSOR = (*layers.BLOCK_TENSOR, (r"(token_embed|head)/embedding", -2))
 
 
 @nnx.dataclass(eq=False, kw_only=True)
@@ -38,23 +43,19 @@ class GPT(nnx.Module):
     self, tokens: Int[Array, "batch seq"], *, key: PRNGKeyArray | None = None, train: bool = False
   ) -> Float[Array, "batch seq width"]:
     """Returns the normalised output of the last block, which `unembed` turns into logits."""
-    batch, seq = tokens.shape
-    context = self.position_embed.num_embeddings
+    seq, context = tokens.shape[1], self.position_embed.num_embeddings
     if seq > context:
       raise UserError(f"model.context: {context} positions are too few for sequences of {seq} tokens. Raise it.")
     embed_key, stack_key = layers.subkeys(layers.training_key(key, train, self.dropout), 2)
     x = self.token_embed(tokens) + self.position_embed(jnp.arange(seq)[None])
-    x = layers.dropout(x, self.dropout, embed_key).reshape(batch * seq, -1)
-    x = layers.run_stack(self.blocks, x, batch, key=stack_key, remat=self.remat)
-    return self.norm(x).astype(self.dtype).reshape(batch, seq, -1)
+    x = sharding.constrain(layers.dropout(x, self.dropout, embed_key), "batch", "seq", "embed")
+    x, _ = layers.run_stack(self.blocks, x, key=stack_key, remat=self.remat)
+    return self.norm(x).astype(self.dtype)
 
   def unembed(self, hidden: Float[Array, "batch seq width"]) -> Float32[Array, "batch seq vocab"]:
     """Returns the logits of the next token; the kernel is the embedding of the tokens unless `tied` is off."""
     embed = self.token_embed if self.head is None else self.head
-    embedding = embed.embedding[...].astype(self.dtype)
-    batch, seq, width = hidden.shape
-    logits = jnp.einsum("td,vd->tv", hidden.reshape(batch * seq, width), embedding, preferred_element_type=jnp.float32)
-    return logits.reshape(batch, seq, -1)
+    return layers.unembed(hidden, embed.embedding[...].astype(self.dtype))
 
   def __call__(
     self, tokens: Int[Array, "batch seq"], *, key: PRNGKeyArray | None = None, train: bool = False

@@ -1,8 +1,4 @@
-"""What two or more models share: names of functions, dropout, the transformer block and the stack of them.
-
-Transformer activations are `[batch * seq, width]` from embedding to head, because XLA's CPU code for the backward pass
-of products with three dimensions is 1.6 times slower than with two; elsewhere the shape costs nothing.
-"""
+"""What two or more models share: names of functions, dropout, the transformer block and the stack of them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from bigjax import sharding
 from bigjax.errors import UserError, suggest
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -130,7 +127,7 @@ def grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
 
 
 def patches(images: Float[Array, "batch height width channel"], grid: tuple[int, int], patch_size: int, channels: int):
-  """Returns [batch * patches, patch_size * patch_size * channels], row by row.
+  """Returns [batch, patches, patch_size * patch_size * channels], row by row.
 
   A dense layer on them is the usual strided convolution, as one product.
   """
@@ -140,7 +137,7 @@ def patches(images: Float[Array, "batch height width channel"], grid: tuple[int,
     remedy = "Set model.image_size and model.channels, or resize the images."
     raise UserError(f"model.image_size: the model was built for images of {expected}, not {images.shape[1:]}. {remedy}")
   x = images.reshape(-1, rows, size, columns, size, channels).transpose(0, 1, 3, 2, 4, 5)
-  return x.reshape(len(images) * rows * columns, -1)
+  return x.reshape(len(images), rows * columns, -1)
 
 
 def flatten(inputs: Float[Array, "batch ..."], in_features: int) -> Float[Array, "batch features"]:
@@ -170,12 +167,25 @@ def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
   return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), jnp.zeros_like(x))
 
 
-def drop_path(x: Float[Array, "tokens width"], rate: Array | None, key: PRNGKeyArray | None, batch: int) -> Array:
+def drop_path(x: Float[Array, "batch ..."], rate: Array | None, key: PRNGKeyArray | None) -> Array:
   """Stochastic depth, https://arxiv.org/abs/1603.09382: zeroes whole examples at `rate`, scales the others up."""
   if key is None or rate is None:
     return x
-  keep = jax.random.bernoulli(key, 1 - rate, (batch, 1)) / (1 - rate)
-  return (x.reshape(batch, -1) * keep.astype(x.dtype)).reshape(x.shape)
+  keep = jax.random.bernoulli(key, 1 - rate, (len(x), 1)) / (1 - rate)
+  return (x.reshape(len(x), -1) * keep.astype(x.dtype)).reshape(x.shape)
+
+
+class Dense(nnx.Linear):
+  """A dense layer on `[..., width]`, as one product of two matrices.
+
+  XLA's CPU code for the backward pass of products with three dimensions is 1.6 times slower than with two; elsewhere
+  merging them costs nothing. Only where devices split the sequence, it could not be merged with the batch in place.
+  """
+
+  def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... features"]:
+    if x.ndim == 2 or sharding.seq_is_split():
+      return super().__call__(x)
+    return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 def attend(
@@ -201,6 +211,19 @@ def attend(
   return (out / weights.sum(axis=-1, keepdims=True)).astype(value.dtype)
 
 
+def unembed(
+  hidden: Float[Array, "batch seq width"], embedding: Float[Array, "vocab width"]
+) -> Float[Array, "batch seq vocab"]:
+  """Returns logits in float32; where devices split the vocabulary, each of them has those of its part."""
+  if sharding.seq_is_split():
+    logits = jnp.einsum("bsd,vd->bsv", hidden, embedding, preferred_element_type=jnp.float32)
+  else:  # As in Dense.
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logits = jnp.einsum("td,vd->tv", flat, embedding, preferred_element_type=jnp.float32)
+    logits = logits.reshape(*hidden.shape[:-1], -1)
+  return sharding.constrain(logits, "batch", "seq", "vocab")
+
+
 class BlockInit(NamedTuple):
   """How the dense layers of a transformer block start."""
 
@@ -220,27 +243,29 @@ class SelfAttention(nnx.Module):
   def __init__(self, width: int, heads: int, *, causal, bias, dropout, dtype, init: BlockInit, rngs: nnx.Rngs):
     check_heads(width, heads)
     self.heads, self.causal, self.dropout = heads, causal, dropout
-    self.qkv = nnx.Linear(width, 3 * width, use_bias=bias, kernel_init=init.qkv, dtype=dtype, rngs=rngs)
-    self.out = nnx.Linear(width, width, use_bias=bias, kernel_init=init.out, dtype=dtype, rngs=rngs)
+    self.qkv = Dense(width, 3 * width, use_bias=bias, kernel_init=init.qkv, dtype=dtype, rngs=rngs)
+    self.out = Dense(width, width, use_bias=bias, kernel_init=init.out, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x: Float[Array, "tokens width"], batch: int, *, key: PRNGKeyArray | None = None) -> Array:
-    tokens, width = x.shape
-    qkv = self.qkv(x).reshape(batch, tokens // batch, self.heads, 3, -1).transpose(3, 0, 2, 1, 4)
+  def __call__(self, x: Float[Array, "batch seq width"], *, key: PRNGKeyArray | None = None) -> Array:
+    qkv = self.qkv(x).reshape(*x.shape[:2], self.heads, 3, -1).transpose(3, 0, 2, 1, 4)
+    qkv = [sharding.constrain(part, "batch", "heads", "seq", None) for part in qkv]
     out = attend(*qkv, causal=self.causal, dropout_rate=self.dropout, dropout_key=key)
-    return self.out(out.transpose(0, 2, 1, 3).reshape(tokens, width))
+    return self.out(out.transpose(0, 2, 1, 3).reshape(x.shape))
 
 
 class Mlp(nnx.Module):
-  """Two dense layers with an activation between them, on `[..., width]`."""
+  """Two dense layers with an activation between them, on `[batch, ..., width]`."""
 
   def __init__(self, width: int, hidden: int, *, activation, bias=True, dropout, dtype, init, rngs: nnx.Rngs):
     self.activation, self.dropout = choose(ACTIVATIONS, "activation", activation), dropout
     arguments = dict(use_bias=bias, dtype=dtype, rngs=rngs)
-    self.up = nnx.Linear(width, hidden, kernel_init=init.up, **arguments)
-    self.down = nnx.Linear(hidden, width, kernel_init=init.down, **arguments)
+    self.up = Dense(width, hidden, kernel_init=init.up, **arguments)
+    self.down = Dense(hidden, width, kernel_init=init.down, **arguments)
 
-  def __call__(self, x: Float[Array, "... width"], *, key: PRNGKeyArray | None = None) -> Array:
-    return self.down(dropout(self.activation(self.up(x)), self.dropout, key))
+  def __call__(self, x: Float[Array, "batch ... width"], *, key: PRNGKeyArray | None = None) -> Array:
+    words = ("batch", "seq", "hidden") if x.ndim == 3 else ("batch", "hidden")
+    hidden = sharding.constrain(self.up(x), *words)
+    return self.down(dropout(self.activation(hidden), self.dropout, key))
 
 
 class Block(nnx.Module):
@@ -271,37 +296,58 @@ class Block(nnx.Module):
     self.norm2 = nnx.LayerNorm(width, **norm)
     self.mlp = Mlp(width, mlp_dim, activation=activation, dropout=mlp_dropout, **dense)
 
-  def __call__(self, x, batch: int, *, key: PRNGKeyArray | None = None, drop_rate: Array | None = None):
+  def __call__(
+    self, x: Float[Array, "batch seq width"], *, key: PRNGKeyArray | None = None, drop_rate: Array | None = None
+  ) -> tuple[Array, dict[str, Array]]:
     keys = subkeys(key, 6)
 
-    def residual(branch, dropout_key, path_key):
-      return drop_path(dropout(branch, self.dropout, dropout_key), drop_rate, path_key, batch)
+    def residual(x, branch, dropout_key, path_key):
+      x = x + drop_path(dropout(branch, self.dropout, dropout_key), drop_rate, path_key)
+      return sharding.constrain(x, "batch", "seq", "embed")
 
-    x = x + residual(self.attn(self.norm1(x), batch, key=keys[0]), keys[1], keys[2])
-    return x + residual(self.mlp(self.norm2(x), key=keys[3]), keys[4], keys[5])
+    x = residual(x, self.attn(self.norm1(x), key=keys[0]), keys[1], keys[2])
+    return residual(x, self.mlp(self.norm2(x), key=keys[3]), keys[4], keys[5]), {}
+
+
+# What tensor parallelism splits in a block: the columns of what makes heads and hidden units, the rows of what takes
+# them in. A path from the root of the parameters, and the dimension from the right.
+BLOCK_TENSOR = (
+  (r".*blocks/.*(qkv|up)/(kernel|bias)", -1),
+  (r".*blocks/.*(out|down)/kernel", -2),
+)
 
 
 def stack(make_block: Callable[..., nnx.Module], depth: int, *, scan: bool, rngs: nnx.Rngs) -> nnx.Module:
   """Builds `depth` blocks: one whose leaves have a leading layer axis if `scan`, else a list; the values are the same.
 
-  Either way the initialisation is compiled for one block and mapped over layers.
+  Either way the initialisation is compiled for one block and mapped over layers. For a circular pipeline of R rounds
+  the layer axis is two, [R, depth / R].
   """
   check_positive(depth=depth)
   stacked = nnx.vmap(lambda key: make_block(rngs=nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))
-  if scan:
-    return stacked
-  # The barrier keeps XLA from fusing, and so repeating, the drawing of random numbers into each slice.
   graphdef, state = nnx.split(stacked)
+  if scan:
+    repeats = sharding.current().repeats
+    if depth % repeats:
+      raise UserError(f"config.pipeline.repeats: {repeats} does not divide model.depth, {depth}.")
+    group = lambda x: x.reshape(repeats, depth // repeats, *x.shape[1:]) if repeats > 1 else x
+    return nnx.merge(graphdef, jax.tree.map(group, state))
+  # The barrier keeps XLA from fusing, and so repeating, the drawing of random numbers into each slice.
   state = jax.lax.optimization_barrier(state)
   return nnx.List([nnx.merge(graphdef, _at(i, state)) for i in range(depth)])
 
 
-def run_stack(blocks: nnx.Module, x: Array, *args, key=None, drop_path_rate: float = 0.0, remat: str = "none") -> Array:
-  """Applies blocks built by `stack` in order, `block(x, *args, key=, drop_rate=)`.
+def run_stack(
+  blocks: nnx.Module, x: Array, *, key=None, drop_path_rate: float = 0.0, remat: str = "none", **arrays: Array
+) -> tuple[Array, dict[str, Array]]:
+  """Applies blocks built by `stack` in order, `block(x, key=, drop_rate=, **arrays) -> (x, aux)`.
+
+  Returns x, and the arrays that the blocks returned beside it, stacked over layers.
 
   `drop_path_rate` is that of the last block; it grows linearly from 0 at the first.
   `remat` says what the backward pass computes again: "none", "full" (all but the input of a block) or "dots" (all but
   the results of the dense layers).
+  `arrays` have a leading batch axis, such as positions.
   """
   policy = choose(REMAT, "remat", remat)
   depth = len(blocks) if isinstance(blocks, nnx.List) else jax.tree.leaves(blocks)[0].shape[0]
@@ -309,16 +355,17 @@ def run_stack(blocks: nnx.Module, x: Array, *args, key=None, drop_path_rate: flo
   keys = None if key is None else jax.random.split(key, depth)
 
   def layer(x, block, key, drop_rate):
-    return block(x, *args, key=key, drop_rate=drop_rate)
+    return block(x, key=key, drop_rate=drop_rate, **arrays)
 
   if policy is not None:
     layer = jax.checkpoint(layer, policy=policy)
   if isinstance(blocks, nnx.List):
+    found = []
     for i, block in enumerate(blocks):
-      x = layer(x, block, *_at(i, (keys, rates)))
-    return x
-  x, _ = jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x, (blocks, keys, rates))
-  return x
+      x, aux = layer(x, block, *_at(i, (keys, rates)))
+      found.append(aux)
+    return x, jax.tree.map(lambda *layers: jnp.stack(layers), *found)
+  return jax.lax.scan(lambda x, xs: layer(x, *xs), x, (blocks, keys, rates))
 
 
 def _at(index, tree):

@@ -3,6 +3,7 @@
 from flax import nnx
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
+from bigjax import sharding
 from bigjax.models import layers
 
 # Table 1 of the paper.
@@ -27,24 +28,22 @@ class MixerBlock(nnx.Module):
     self.norm2 = nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs)
     self.channels = layers.Mlp(width, channels_dim, **dense)
 
-  def __call__(self, x: Float[Array, "tokens width"], batch: int, *, key=None, drop_rate=None):
+  def __call__(self, x: Float[Array, "batch seq width"], *, key=None, drop_rate=None) -> tuple[Array, dict]:
     keys = layers.subkeys(key, 4)
-    tokens, width = x.shape
+    mixed = self.tokens(self.norm1(x).transpose(0, 2, 1), key=keys[0]).transpose(0, 2, 1)
+    x = sharding.constrain(x + layers.drop_path(mixed, drop_rate, keys[1]), "batch", "seq", "embed")
+    mixed = self.channels(self.norm2(x), key=keys[2])
+    return sharding.constrain(x + layers.drop_path(mixed, drop_rate, keys[3]), "batch", "seq", "embed"), {}
 
-    def swap(x, rows, columns):
-      return x.reshape(batch, rows, columns).transpose(0, 2, 1).reshape(batch * columns, rows)
 
-    seq = tokens // batch
-    mixed = swap(self.tokens(swap(self.norm1(x), seq, width), key=keys[0]), width, seq)
-    x = x + layers.drop_path(mixed, drop_rate, keys[1], batch)
-    return x + layers.drop_path(self.channels(self.norm2(x), key=keys[2]), drop_rate, keys[3], batch)
+TENSOR = layers.BLOCK_TENSOR
 
 
 @nnx.dataclass(eq=False, kw_only=True)
 class Mixer(nnx.Module):
   """Patches -> linear embedding -> mixer blocks -> norm -> mean over patches -> head."""
 
-  embed: nnx.Linear
+  embed: layers.Dense
   blocks: nnx.Module
   norm: nnx.LayerNorm
   head: nnx.Linear
@@ -59,11 +58,10 @@ class Mixer(nnx.Module):
     self, images: Float[Array, "batch height width channel"], *, key: PRNGKeyArray | None = None, train: bool = False
   ) -> Float[Array, "batch features"]:
     """Returns the mean over patches after the last norm."""
-    batch = len(images)
     key = layers.training_key(key, train, self.dropout, self.drop_path)
     x = self.embed(layers.patches(images, self.grid, self.patch_size, self.channels))
-    x = layers.run_stack(self.blocks, x, batch, key=key, drop_path_rate=self.drop_path, remat=self.remat)
-    return self.norm(x).reshape(batch, -1, x.shape[-1]).mean(axis=1)
+    x, _ = layers.run_stack(self.blocks, x, key=key, drop_path_rate=self.drop_path, remat=self.remat)
+    return self.norm(x).mean(axis=1)
 
   def __call__(
     self, images: Float[Array, "batch height width channel"], *, key: PRNGKeyArray | None = None, train: bool = False
@@ -119,7 +117,7 @@ def make(
     return MixerBlock(*shape, activation=activation, dropout=dropout, dtype=compute, rngs=rngs)
 
   return Mixer(
-    embed=nnx.Linear(sizes["patch_size"] ** 2 * channels, width, dtype=compute, rngs=rngs),
+    embed=layers.Dense(sizes["patch_size"] ** 2 * channels, width, dtype=compute, rngs=rngs),
     blocks=layers.stack(block, sizes["depth"], scan=scan, rngs=rngs),
     norm=nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs),
     head=nnx.Linear(width, num_classes, kernel_init=nnx.initializers.zeros, rngs=rngs),

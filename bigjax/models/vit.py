@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
+from bigjax import sharding
 from bigjax.errors import UserError
 from bigjax.models import layers
 
@@ -31,6 +32,14 @@ _XAVIER = nnx.initializers.xavier_uniform()
 INIT = layers.BlockInit(qkv=nnx.initializers.lecun_uniform(), out=_XAVIER, up=_XAVIER, down=_XAVIER)
 
 
+# Beside the blocks: the pooling attention, and the classes.
+TENSOR = (
+  *layers.BLOCK_TENSOR,
+  (r"pool/(query|key|value|mlp/up)/(kernel|bias)", -1),
+  (r"pool/(out|mlp/down)/kernel", -2),
+)
+
+
 class AttentionPool(nnx.Module):
   """One learned query attends to all tokens, then an MLP: https://arxiv.org/abs/2106.04560, section 3.3."""
 
@@ -38,22 +47,22 @@ class AttentionPool(nnx.Module):
     self.heads = heads
     dense = dict(dtype=dtype, rngs=rngs)
     self.probe = nnx.Param(_XAVIER(rngs.params(), (1, width), jnp.float32))
-    self.query = nnx.Linear(width, width, kernel_init=_XAVIER, **dense)
-    self.key = nnx.Linear(width, width, kernel_init=_XAVIER, **dense)
-    self.value = nnx.Linear(width, width, kernel_init=_XAVIER, **dense)
-    self.out = nnx.Linear(width, width, kernel_init=_XAVIER, **dense)
+    self.query = layers.Dense(width, width, kernel_init=_XAVIER, **dense)
+    self.key = layers.Dense(width, width, kernel_init=_XAVIER, **dense)
+    self.value = layers.Dense(width, width, kernel_init=_XAVIER, **dense)
+    self.out = layers.Dense(width, width, kernel_init=_XAVIER, **dense)
     self.norm = nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs)
     self.mlp = layers.Mlp(width, mlp_dim, activation="gelu_tanh", dropout=0.0, init=INIT, **dense)
 
   def __call__(self, x: Float[Array, "batch seq width"]) -> Float[Array, "batch width"]:
-    batch, seq, width = x.shape
+    batch, _, width = x.shape
 
-    def split_heads(x, seq):
-      return x.reshape(-1, seq, self.heads, width // self.heads).transpose(0, 2, 1, 3)
+    def split_heads(x):
+      return x.reshape(*x.shape[:2], self.heads, width // self.heads).transpose(0, 2, 1, 3)
 
-    tokens = x.reshape(batch * seq, width)
-    query = jnp.broadcast_to(split_heads(self.query(self.probe[...]), 1), (batch, self.heads, 1, width // self.heads))
-    out = layers.attend(query, split_heads(self.key(tokens), seq), split_heads(self.value(tokens), seq))
+    query = split_heads(self.query(self.probe[...])[None])
+    query = jnp.broadcast_to(query, (batch, *query.shape[1:]))
+    out = layers.attend(query, split_heads(self.key(x)), split_heads(self.value(x)))
     out = self.out(out.reshape(batch, width))
     return out + self.mlp(self.norm(out))
 
@@ -62,7 +71,7 @@ class AttentionPool(nnx.Module):
 class ViT(nnx.Module):
   """Patches -> linear embedding, positions, a class token or registers -> blocks -> norm -> pooling -> head."""
 
-  embed: nnx.Linear
+  embed: layers.Dense
   class_token: nnx.Param | None
   registers: nnx.Param | None
   positions: nnx.Param | None  # None: fixed ones.
@@ -85,7 +94,6 @@ class ViT(nnx.Module):
     batch = len(images)
     embed_key, stack_key = layers.subkeys(layers.training_key(key, train, self.dropout, self.drop_path), 2)
     x = self.embed(layers.patches(images, self.grid, self.patch_size, self.channels))
-    x = x.reshape(batch, -1, x.shape[-1])
     if self.positions is None:
       x = x + sincos2d(*self.grid, x.shape[-1])[None].astype(x.dtype)
     if self.class_token is not None:
@@ -96,9 +104,9 @@ class ViT(nnx.Module):
     if self.registers is not None:
       x = jnp.concatenate([x, _rows(self.registers, batch, x.dtype)], axis=1)
 
-    x = layers.dropout(x, self.dropout, embed_key).reshape(-1, x.shape[-1])
-    x = layers.run_stack(self.blocks, x, batch, key=stack_key, drop_path_rate=self.drop_path, remat=self.remat)
-    x = self.norm(x).reshape(batch, -1, x.shape[-1])[:, :seq]
+    x = sharding.constrain(layers.dropout(x, self.dropout, embed_key), "batch", "seq", "embed")
+    x, _ = layers.run_stack(self.blocks, x, key=stack_key, drop_path_rate=self.drop_path, remat=self.remat)
+    x = self.norm(x)[:, :seq]
 
     if self.pool is not None:
       x = self.pool(x)
@@ -199,7 +207,7 @@ def make(
 
   has_cls = head == "cls"  # It has a learned position too, as in the paper.
   return ViT(
-    embed=nnx.Linear(sizes["patch_size"] ** 2 * channels, width, dtype=compute, rngs=rngs),
+    embed=layers.Dense(sizes["patch_size"] ** 2 * channels, width, dtype=compute, rngs=rngs),
     class_token=nnx.Param(jnp.zeros((1, width))) if has_cls else None,
     registers=tokens(registers) if registers else None,
     positions=tokens(grid[0] * grid[1] + has_cls) if positions == "learned" else None,

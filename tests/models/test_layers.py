@@ -33,7 +33,7 @@ def test_dropout_zeroes_at_its_rate_and_keeps_the_mean():
 
 
 def test_stochastic_depth_drops_whole_examples():
-  x = np.asarray(layers.drop_path(jnp.ones((300 * 2, 3)), jnp.float32(0.4), jax.random.key(0), 300)).reshape(300, 6)
+  x = np.asarray(layers.drop_path(jnp.ones((300, 2, 3)), jnp.float32(0.4), jax.random.key(0))).reshape(300, 6)
   assert (x == x[:, :1]).all()
   np.testing.assert_allclose(np.unique(x), [0, 1 / 0.6], rtol=1e-6)
   assert abs((x[:, 0] == 0).mean() - 0.4) < 0.1
@@ -47,14 +47,16 @@ class AddRate(nnx.Module):
 
   def __call__(self, x, *, key, drop_rate):
     del key
-    return x + self.number[...] + 10 * (0 if drop_rate is None else drop_rate)
+    return x + self.number[...] + 10 * (0 if drop_rate is None else drop_rate), {"number": self.number[...]}
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_stack_drops_more_the_deeper_it_gets_and_nothing_without_a_key(scan):
   blocks = layers.stack(AddRate, 3, scan=scan, rngs=nnx.Rngs(0))
-  plain = layers.run_stack(blocks, jnp.zeros(1), drop_path_rate=0.4)
-  training = layers.run_stack(blocks, jnp.zeros(1), key=jax.random.key(0), drop_path_rate=0.4)
+  plain, aux = layers.run_stack(blocks, jnp.zeros(1), drop_path_rate=0.4)
+  training, _ = layers.run_stack(blocks, jnp.zeros(1), key=jax.random.key(0), drop_path_rate=0.4)
+  assert aux["number"].shape == (3, 1)  # What blocks return besides, by layer.
+  np.testing.assert_allclose(aux["number"].sum(0), plain, rtol=1e-6)
   np.testing.assert_allclose(training - plain, 10 * (0.0 + 0.2 + 0.4), rtol=1e-5)
 
 
@@ -76,10 +78,10 @@ def test_recomputing_in_the_backward_pass_changes_no_gradient(remat, scan):
   graphdef, state = nnx.split(nnx.eval_shape(lambda: layers.stack(build, 2, scan=scan, rngs=nnx.Rngs(0))))
   rng = np.random.default_rng(0)
   state = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), nnx.to_pure_dict(state))
-  x = jax.random.normal(jax.random.key(1), (6, 8))
+  x = jax.random.normal(jax.random.key(1), (2, 3, 8))
 
   def loss(state, remat):
-    y = layers.run_stack(nnx.merge(graphdef, state), x, 2, key=jax.random.key(2), drop_path_rate=0.2, remat=remat)
+    y, _ = layers.run_stack(nnx.merge(graphdef, state), x, key=jax.random.key(2), drop_path_rate=0.2, remat=remat)
     return jnp.square(y).sum()
 
   kept, recomputed = (jax.jit(jax.grad(functools.partial(loss, remat=r)))(state) for r in ("none", remat))
