@@ -31,10 +31,12 @@ class Evaluation:
 
     def batches(data):
       stream = Stream.of(data)
-      hosts = dict(host=jax.process_index(), hosts=jax.process_count())
+      host, hosts = sharding.data_part(run.mesh)
 
       def finite():
-        found = pipeline.eval_batches(stream.source, batch_size=size, preprocess=stream.preprocess, **hosts)
+        found = pipeline.eval_batches(
+          stream.source, batch_size=size, preprocess=stream.preprocess, host=host, hosts=hosts
+        )
         with pipeline.to_device(found, sharding.batch_sharding(run.mesh)) as on_device:
           yield from on_device
 

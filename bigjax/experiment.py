@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigjax import checkpoint, schedules, sharding, updates
+from bigjax import checkpoint, precision, quantize, schedules, sharding, updates
 from bigjax import state as states
 from bigjax.best import Watch
 from bigjax.config import Component
@@ -140,6 +139,10 @@ class TrainConfig:
   ema_warmup: bool = False  # The decay is at most (1 + t) / (10 + t) at update t, so that the start is soon forgotten.
   accumulate: int = 1  # Parts a batch is computed in; the update is that of the whole.
 
+  # In what numbers.
+  precision: precision.Mode | precision.PrecisionConfig = "float32"  # "mixed", "bfloat16", ...: see precision.py.
+  quantize: quantize.Word | quantize.Rules | None = None  # "int8", "fp8" or [(regex of layers, word or None), ...].
+
   # Where it runs.
   mesh: tuple[tuple[str, int], ...] = (("data", -1),)  # Axes, outermost first; -1 is what is left.
   sharding: str | tuple[tuple[Regex, str], ...] = "replicated"  # "fsdp+tensor", or rules: see bigjax/sharding.py.
@@ -257,7 +260,9 @@ def build(config: TrainConfig) -> Experiment:
   data = Stream.of(config.data)
   batch = data.spec(config.batch_size)
   clock = _clock(config, data, batch)
-  model, task = states.Model(config.model), config.task()
+  numbers = precision.of(config.precision)
+  model = states.Model(precision.computing(config.model, numbers), numbers.params, config.quantize)
+  task = config.task()
   with sharding.use(layout):
     params, extras = model.abstract
     optimizer = updates.make(
@@ -270,6 +275,9 @@ def build(config: TrainConfig) -> Experiment:
       freeze=config.freeze,
       ema=config.ema,
       ema_warmup=config.ema_warmup,
+      numbers=numbers,
+      seed=config.seed,
+      weight=config.batch_size * (clock.tokens_per_example or 1),
     )
     outputs = _trace(model, task, params, extras, dict(batch))
   opt_state = jax.eval_shape(optimizer.tx.init, params)
@@ -311,11 +319,9 @@ def _check_sizes(config, mesh):
     if size is not None and size < 1:
       raise UserError(f"config.{name} must be positive, not {size}.")
   ways = sharding.batch_ways(mesh)
-  sizes = {"config.batch_size": (config.batch_size, math.lcm(ways * config.accumulate, jax.process_count()))}
-  sizes |= {
-    f"config.evals.{n}.batch_size": (e.batch_size or config.batch_size, math.lcm(ways, jax.process_count()))
-    for n, e in config.evals.items()
-  }
+  sharding.data_part(mesh)  # Refuses processes with unequal shares.
+  sizes = {"config.batch_size": (config.batch_size, ways * config.accumulate)}
+  sizes |= {f"config.evals.{n}.batch_size": (e.batch_size or config.batch_size, ways) for n, e in config.evals.items()}
   for where, (size, parts) in sizes.items():
     if size % parts:
       near = max(parts, size // parts * parts)

@@ -422,3 +422,40 @@ def words(given: Mapping[str, str | Sequence[str] | None]) -> dict[str, tuple[st
 def seq_is_split() -> bool:
   """Whether neighbours in a sequence may be on different devices."""
   return current().size("seq") > 1
+
+
+# Processes
+
+
+def data_part(mesh: jax.sharding.Mesh, process: int | None = None) -> tuple[tuple[int, ...], int]:
+  """Returns which equal parts of a batch a process feeds, in order, and how many parts there are.
+
+  Where its devices sit on the axes that split a batch says it, not its number: processes that differ along tensor, seq
+  or pipe alone feed the same parts. The parts need not lie together: on a TPU, neighbours along a ring do not.
+
+  Args:
+    mesh: The devices of all processes.
+    process: Whose parts; this one's if None.
+
+  Raises:
+    UserError: Processes would feed unequal shares.
+  """
+  process = jax.process_index() if process is None else process
+  ways = batch_ways(mesh)
+  held: dict[int, set[int]] = {}
+  for device, (index,) in batch_sharding(mesh).devices_indices_map((ways,)).items():
+    held.setdefault(device.process_index, set()).add(index.indices(ways)[0])
+  shares = {p: len(parts) for p, parts in held.items()}
+  if len(set(shares.values())) > 1:
+    few, many = min(shares, key=shares.get), max(shares, key=shares.get)
+    raise UserError(
+      f"config.mesh: {dict(mesh.shape)} gives process {few} {shares[few]} of a batch's {ways} parts and process {many} "
+      f"{shares[many]}; let the inner axes' sizes divide the {mesh.size // len(held)} devices of a process, or be a "
+      "multiple of them."
+    )
+  # Neighbouring parts of every process count as one, if they can.
+  whole = len(held[process])
+  together = all(len(parts) == max(parts) - min(parts) + 1 and min(parts) % len(parts) == 0 for parts in held.values())
+  if together:
+    return (min(held[process]) // whole,), ways // whole
+  return tuple(sorted(held[process])), ways

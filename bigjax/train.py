@@ -198,14 +198,15 @@ def is_due(step: int, every: int, *, last: int) -> bool:
 
 def train_batches(run: Experiment, first: int) -> pipeline.Ahead:
   """Batches on the devices, from that of step `first` on."""
+  host, hosts = sharding.data_part(run.mesh)
   batches = pipeline.train_batches(
     run.data.source,
     batch_size=run.config.batch_size,
     seed=run.config.seed,
     preprocess=run.data.preprocess,
     start_step=first,
-    host=jax.process_index(),
-    hosts=jax.process_count(),
+    host=host,
+    hosts=hosts,
   )
   return pipeline.to_device(run.checked(batches), sharding.batch_sharding(run.mesh))
 

@@ -18,7 +18,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ def train_batches(
   seed: int,
   preprocess: tuple[Any, ...] = (),
   start_step: int = 0,
-  host: int = 0,
+  host: int | Sequence[int] = 0,
   hosts: int = 1,
   prefetch: int = 2,
   threads: int | None = None,
@@ -50,7 +50,7 @@ def train_batches(
     seed: Of the order and of the ops' randomness.
     preprocess: Ops in order, see bigjax/data/ops.
     start_step: The step of the first batch.
-    host: Which part of each batch: the `host`-th of `hosts` equal ones, in order.
+    host: Which part of each batch: the `host`-th of `hosts` equal ones, in order, or several of them.
     hosts: Number of parts.
     prefetch: Batches made ahead, or as many as there are threads if these are more.
     threads: Workers for array ops; one a core, 4 at most, if None.
@@ -64,7 +64,7 @@ def eval_batches(
   *,
   batch_size: int,
   preprocess: tuple[Any, ...] = (),
-  host: int = 0,
+  host: int | Sequence[int] = 0,
   hosts: int = 1,
   prefetch: int = 2,
   threads: int | None = None,
@@ -85,7 +85,8 @@ def spec(source: Any, preprocess: tuple[Any, ...] = ()) -> dict[str, jax.ShapeDt
 def to_device(batches: Iterable[dict[str, np.ndarray]], sharding: jax.sharding.Sharding, ahead: int = 2) -> "Ahead":
   """Returns `batches` as global arrays laid out by `sharding`, `ahead` of them on the devices before they are used.
 
-  Each host gives its part. A thread does it, at its own pace; closing what is returned ends it and closes `batches`.
+  Each process gives its parts, see `sharding.data_part`. A thread does it, at its own pace; closing what is returned
+  ends it and closes `batches`.
   """
 
   def put():
@@ -195,19 +196,25 @@ class Plan:
 
   source: Any
   batch_size: int
-  host: int
+  host: int | Sequence[int]  # Which of `hosts` equal parts, or several of them, in order.
   hosts: int
   seed: int | None = None
 
   def __post_init__(self):
     if self.batch_size < 1 or self.batch_size % self.hosts:
-      raise UserError(f"batch_size: {self.batch_size} is not a positive multiple of {self.hosts}, the number of hosts.")
+      raise UserError(
+        f"batch_size: {self.batch_size} is not a positive multiple of {self.hosts}, the number of hosts' parts."
+      )
     if len(self.source) == 0:
       raise UserError(f"data: the source {type(self.source).__name__} has no examples.")
 
   @property
+  def parts(self) -> np.ndarray:
+    return np.atleast_1d(np.asarray(self.host, np.int64))
+
+  @property
   def local_size(self) -> int:
-    return self.batch_size // self.hosts
+    return self.batch_size // self.hosts * len(self.parts)
 
   @property
   def steps(self) -> int | None:
@@ -216,8 +223,10 @@ class Plan:
 
   def examples(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns (epochs, ids, mask) of the examples at `places` in the stream of this host's examples."""
-    step, offset = np.divmod(places, self.local_size)
-    positions = step * self.batch_size + self.host * self.local_size + offset
+    size = self.batch_size // self.hosts
+    step, place = np.divmod(places, self.local_size)
+    part, offset = np.divmod(place, size)
+    positions = step * self.batch_size + self.parts[part] * size + offset
     if self.seed is None:
       last = len(self.source) - 1
       return np.zeros_like(positions), np.minimum(positions, last), (positions <= last).astype(np.float32)

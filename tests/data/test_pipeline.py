@@ -229,7 +229,7 @@ def test_spec_tells_the_shapes_and_types_on_the_device():
 
 
 def test_what_can_not_be_a_batch_is_told():
-  with pytest.raises(UserError, match="batch_size: 6 is not a positive multiple of 4, the number of hosts"):
+  with pytest.raises(UserError, match="batch_size: 6 is not a positive multiple of 4, the number of hosts' parts"):
     train(Numbers(10), 1, hosts=4)
   with pytest.raises(UserError, match="Numbers has no examples"):
     train(Numbers(0), 1)
