@@ -1,0 +1,1 @@
+"""What a step will cost on machines that are not there: the compiler's own program, read."""
