@@ -159,6 +159,10 @@ class TrainConfig:
   writers: tuple[Literal["jsonl", "csv", "tensorboard", "console"], ...] = ("jsonl", "csv", "tensorboard")
   claim: ClaimConfig | None = None
 
+  def __post_init__(self):
+    # Here, and not where the model is made: what is recorded of a config says what was computed.
+    object.__setattr__(self, "model", precision.computing(self.model, self.precision))
+
 
 # A run may go on under a config that differs in these: they don't change what is computed.
 OBSERVING = ("evals", "log_every", "checkpoint_every", "keep", "early_stop", "writers", "claim")
@@ -261,7 +265,7 @@ def build(config: TrainConfig) -> Experiment:
   batch = data.spec(config.batch_size)
   clock = _clock(config, data, batch)
   numbers = precision.of(config.precision)
-  model = states.Model(precision.computing(config.model, numbers), numbers.params, config.quantize)
+  model = states.Model(config.model, numbers.params, config.quantize)
   task = config.task()
   with sharding.use(layout):
     params, extras = model.abstract
@@ -277,7 +281,7 @@ def build(config: TrainConfig) -> Experiment:
       ema_warmup=config.ema_warmup,
       numbers=numbers,
       seed=config.seed,
-      weight=config.batch_size * (clock.tokens_per_example or 1),
+      weight=float(config.batch_size * (clock.tokens_per_example or 1)),
     )
     outputs = _trace(model, task, params, extras, dict(batch))
   opt_state = jax.eval_shape(optimizer.tx.init, params)

@@ -36,6 +36,7 @@ from bigjax import paths
 from bigjax.errors import UserError
 
 PyTree = Any
+GIVE_UP_AFTER = 30  # Overflows in a row: halved so often, no scale is too large any more.
 Mode = Literal["float32", "mixed", "bfloat16", "bfloat16_kahan", "float16"]
 
 
@@ -47,7 +48,6 @@ class PrecisionConfig:
   moments: Literal["float32", "bfloat16"] | None = None  # Of the bfloat16 modes; None: bfloat16. 4 bytes instead of 2.
   loss_scale: float = 2.0**15  # Of float16: what the mean loss is multiplied by at first; it adapts within a few steps.
   grow_every: int = 2000  # Of float16: it doubles after so many steps without an overflow.
-  give_up_after: int = 30  # Of float16: so many overflows in a row end the run.
 
   @property
   def compute(self) -> str:
@@ -75,9 +75,8 @@ def of(precision: str | PrecisionConfig) -> PrecisionConfig:
     raise UserError(f"config.precision.moments is for the bfloat16 modes; under {found.mode!r} moments are float32.")
   if not 0 < found.loss_scale < float("inf"):
     raise UserError(f"config.precision.loss_scale: {found.loss_scale} must be positive.")
-  for name in ("grow_every", "give_up_after"):
-    if getattr(found, name) < 1:
-      raise UserError(f"config.precision.{name}: {getattr(found, name)} must be 1 or more.")
+  if found.grow_every < 1:
+    raise UserError(f"config.precision.grow_every: {found.grow_every} must be 1 or more.")
   return found
 
 
@@ -226,7 +225,7 @@ class LossScaleState(NamedTuple):
   scale: jax.Array  # What the sum of the loss is multiplied by, float32.
   good: jax.Array  # Steps since it last changed.
   skipped: jax.Array  # Steps that changed nothing but the scale.
-  skipped_in_a_row: jax.Array  # Up to the last step; it never falls again once it is `give_up_after`.
+  skipped_in_a_row: jax.Array  # Up to the last step; once it is `GIVE_UP_AFTER` it only grows.
   inner: PyTree
 
 
@@ -258,7 +257,7 @@ def scaled(
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, old)
     good = jnp.where(fine, state.good + 1, 0)
     grown = jnp.where(good == config.grow_every, jnp.minimum(state.scale * 2, 2.0**100), state.scale)
-    given_up = state.skipped_in_a_row >= config.give_up_after
+    given_up = state.skipped_in_a_row >= GIVE_UP_AFTER
     return jax.tree.map(lambda u: jnp.where(fine, u, jnp.full_like(u, -0.0)), changed), LossScaleState(
       scale=jnp.where(fine, grown, jnp.maximum(state.scale / 2, 2.0**-100)),
       good=good % config.grow_every,
@@ -270,13 +269,13 @@ def scaled(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def refuse_overflow(values: Mapping[str, float], give_up_after: int) -> bool:
+def refuse_overflow(step: int, measured: Mapping[str, Any]) -> bool:
   """Returns whether the step of these metrics was skipped; raises `FloatingPointError` after too many in a row."""
-  in_a_row = values.get("skipped_in_a_row", 0)
-  if in_a_row >= give_up_after:
+  in_a_row = measured.get("skipped_in_a_row", 0)
+  if in_a_row >= GIVE_UP_AFTER:
     raise FloatingPointError(
-      f"The gradient overflowed float16 in {give_up_after} steps in a row, whatever the scale of the loss (now "
-      f"{values['loss_scale']:g}). So the scale is not what is wrong: try a lower peak of config.schedule, config.clip "
-      "or config.precision='mixed'; the last checkpoint is intact."
+      f"Up to step {step} the gradient overflowed float16 in {GIVE_UP_AFTER} steps in a row, whatever the scale of the "
+      f"loss (now {measured['loss_scale']:g}). So the scale is not what is wrong: try a lower peak of config.schedule, "
+      "config.clip or config.precision='mixed'; the last checkpoint is intact."
     )
   return in_a_row > 0

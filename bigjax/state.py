@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from bigjax import precision, quantize
+
 PyTree = Any
 
 
@@ -23,7 +25,7 @@ class TrainState:
   """All that training changes; leaves are arrays, or shapes or shardings where a state stands for those."""
 
   step: Any  # Updates made so far, int32.
-  params: PyTree  # What the optimizer trains, float32.
+  params: PyTree  # What the optimizer trains, float32 or bfloat16.
   extras: PyTree  # What the model keeps besides, such as batch statistics.
   opt_state: PyTree
 
@@ -33,15 +35,18 @@ class Model:
   """An NNX module as pure functions over plain dicts."""
 
   build: Callable[..., nnx.Module]  # Called with `rngs=`.
+  kept: Any = jnp.float32  # The type of the parameters; the module sees float32 in any case.
+  products: quantize.Rules | quantize.Word | None = None  # Layers that multiply in 8 bits.
 
   def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
     """Returns fresh (params, extras)."""
     _, params, extras = nnx.split(self.build(rngs=nnx.Rngs(key)), nnx.Param, ...)
-    return _plain(params), _plain(extras)
+    return precision.cast(_plain(params), self.kept), _plain(extras)
 
   def bind(self, params: PyTree, extras: PyTree) -> nnx.Module:
     """Returns the module itself, to call inside `jit` as any Python object."""
-    return nnx.merge(self._graphdef, _numbered(params), _numbered(extras))
+    params = _numbered(precision.cast(params, jnp.float32))
+    return quantize.applied(nnx.merge(self._graphdef, params, _numbered(extras)), self.products)
 
   @staticmethod
   def extras(module: nnx.Module) -> PyTree:
@@ -60,8 +65,10 @@ class Model:
   @functools.cached_property
   def _traced(self):
     """The module's structure, found once without making an array."""
-    graphdef, params, extras = nnx.split(nnx.eval_shape(lambda: self.build(rngs=nnx.Rngs(0))), nnx.Param, ...)
-    return graphdef, _plain(params), _plain(extras)
+    module = nnx.eval_shape(lambda: self.build(rngs=nnx.Rngs(0)))
+    quantize.check(module, self.products)
+    graphdef, params, extras = nnx.split(module, nnx.Param, ...)
+    return graphdef, precision.cast(_plain(params), self.kept), _plain(extras)
 
 
 def create(key: jax.Array, model: Model, tx: optax.GradientTransformation) -> TrainState:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from bigjax import config as configs
-from bigjax import initialise, metrics, overview, record, sharding
+from bigjax import initialise, metrics, overview, precision, record, sharding
 from bigjax import state as states
 from bigjax.best import Watch
 from bigjax.checkpoint import Checkpoints
@@ -143,27 +143,31 @@ def compile_step(run: Experiment):
 
 def make_step(run: Experiment):
   """Returns `(state, batch, key) -> (state, metrics)`, under `jit`, the old state's memory given to the new."""
-  tx = run.optimizer.tx
+  tx, optimizer = run.optimizer.tx, run.optimizer
 
-  def loss(params, extras, batch, key):
-    sums, extras = run.loss(params, extras, batch, key)
-    return sums.sums["loss"], (sums, extras)
-
-  def mean_and_grads(params, extras, batch, key):
+  def mean_and_grads(params, extras, batch, key, scale):
     """One division by the global weight, after everything is added up."""
+
+    def loss(params, extras, batch, key):
+      sums, extras = run.loss(params, extras, batch, key)
+      return sums.sums["loss"] * scale, (sums, extras)
+
     grads, (sums, extras) = accumulate(jax.grad(loss, has_aux=True), run.config.accumulate)(params, extras, batch, key)
     weight = sums.weights["loss"]
-    return jax.tree.map(lambda g: g / jnp.where(weight == 0, 1, weight), grads), sums.means(), extras
+    divisor = jnp.where(weight == 0, 1, weight) * scale
+    return jax.tree.map(lambda g: g / divisor, grads), sums.means(), extras
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(run.shardings, None))
   def step(state, batch, key):
-    key = jax.random.fold_in(key, state.step)
-    grads, means, extras = mean_and_grads(state.params, state.extras, batch, key)
-    again = lambda params, _=None: mean_and_grads(params, state.extras, batch, key)[0]
+    key, scale = jax.random.fold_in(key, state.step), optimizer.loss_scale(state.opt_state)
+    grads, means, extras = mean_and_grads(state.params, state.extras, batch, key, scale)
+    again = lambda params, _=None: mean_and_grads(params, state.extras, batch, key, scale)[0]
     updates, opt_state = tx.update(grads, state.opt_state, state.params, value=means["loss"], grad_fn=again)
     params = optax.apply_updates(state.params, updates)
-    rates = {f"learning_rate{name}": rate for name, rate in run.optimizer.rates(opt_state, state.step).items()}
-    measured = means | rates | {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+    extras = optimizer.unless_skipped(opt_state, extras, state.extras)
+    rates = {f"learning_rate{name}": rate for name, rate in optimizer.rates(opt_state, state.step).items()}
+    norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+    measured = means | rates | norms | optimizer.measures(opt_state)
     return states.TrainState(state.step + 1, params, extras, opt_state), measured
 
   return step
@@ -185,6 +189,7 @@ def accumulate(grad_fn, parts: int):
       return (jax.tree.map(jnp.add, total, grads), sums + more, extras), None
 
     grads, (sums, extras) = grad_fn(params, extras, part(0), jax.random.fold_in(key, 0))
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)  # Those of bfloat16 parameters are bfloat16.
     (grads, sums, extras), _ = jax.lax.scan(body, (grads, sums, extras), jnp.arange(1, parts))
     return grads, (sums, extras)
 
@@ -213,8 +218,10 @@ def train_batches(run: Experiment, first: int) -> pipeline.Ahead:
 
 def refuse_broken(step: int, measured: Mapping[str, Any]) -> None:
   """Raises `FloatingPointError` where the loss or the update of a step is not finite: such a state is worth nothing."""
-  loss, norm, update = jax.device_get([measured[k] for k in ("loss", "grad_norm", "update_norm")])
-  if not (math.isfinite(loss) and math.isfinite(update)):
+  measured = jax.device_get(dict(measured))
+  loss, norm, update = (measured[k] for k in ("loss", "grad_norm", "update_norm"))
+  skipped = precision.refuse_overflow(step, measured)  # Then the state is that of the step before.
+  if not skipped and not (math.isfinite(loss) and math.isfinite(update)):
     raise FloatingPointError(
       f"The loss is {loss} at step {step} (norm of the gradient {norm}, of the update {update}). "
       "Try a lower peak of config.schedule, a longer warmup, or config.clip; the last checkpoint is intact."
