@@ -93,14 +93,14 @@ def make(
     tied: the head uses the embedding of the tokens.
     dropout: rate on embeddings, attention weights and what enters the residual stream; the paper has 0.1.
     scan: compile one block and scan over layers; parameters get a leading layer axis. For depth and for TPUs.
-    remat: what the backward pass computes again: "none", "full" or "dots".
+    remat: what the backward pass computes again: "none", "full", "dots", "save(qkv)"; see `layers.remat_policy`.
     dtype: of the computation; parameters and logits are float32.
   """
   sizes = layers.sizes(VARIANTS, variant, width=width, depth=depth, heads=heads)
   width, depth = sizes["width"], sizes["depth"]
   layers.check_positive(vocab_size=vocab_size, context=context, mlp_dim=mlp_dim)
   layers.check_rate(dropout=dropout)
-  layers.choose(layers.REMAT, "remat", remat)
+  layers.remat_policy(remat)
   compute = layers.choose(layers.DTYPES, "dtype", dtype)
   normal = nnx.initializers.normal(0.02)
   # The paper scales what enters the residual stream by 1 / sqrt(N), N the number of its residual layers: two a block.

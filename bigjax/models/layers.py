@@ -1,15 +1,19 @@
 """What two or more models share: names of functions, dropout, the transformer block and the stack of them."""
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from bigjax import sharding
 from bigjax.errors import UserError, suggest
+from bigjax.models import pipeline
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -48,11 +52,8 @@ INITIALIZERS = {
   "zeros": nnx.initializers.zeros,
 }
 
-REMAT = {
-  "none": None,
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+# Activations that a policy of remat can name: what blocks call `checkpoint_name` on.
+NAMED = ("qkv", "attention", "hidden")
 
 
 def choose(table: dict[Any, Any], argument: str, name: Any) -> Any:
@@ -247,10 +248,10 @@ class SelfAttention(nnx.Module):
     self.out = Dense(width, width, use_bias=bias, kernel_init=init.out, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: Float[Array, "batch seq width"], *, key: PRNGKeyArray | None = None) -> Array:
-    qkv = self.qkv(x).reshape(*x.shape[:2], self.heads, 3, -1).transpose(3, 0, 2, 1, 4)
+    qkv = checkpoint_name(self.qkv(x), "qkv").reshape(*x.shape[:2], self.heads, 3, -1).transpose(3, 0, 2, 1, 4)
     qkv = [sharding.constrain(part, "batch", "heads", "seq", None) for part in qkv]
     out = attend(*qkv, causal=self.causal, dropout_rate=self.dropout, dropout_key=key)
-    return self.out(out.transpose(0, 2, 1, 3).reshape(x.shape))
+    return self.out(checkpoint_name(out.transpose(0, 2, 1, 3).reshape(x.shape), "attention"))
 
 
 class Mlp(nnx.Module):
@@ -264,7 +265,7 @@ class Mlp(nnx.Module):
 
   def __call__(self, x: Float[Array, "batch ... width"], *, key: PRNGKeyArray | None = None) -> Array:
     words = ("batch", "seq", "hidden") if x.ndim == 3 else ("batch", "hidden")
-    hidden = sharding.constrain(self.up(x), *words)
+    hidden = checkpoint_name(sharding.constrain(self.up(x), *words), "hidden")
     return self.down(dropout(self.activation(hidden), self.dropout, key))
 
 
@@ -342,30 +343,66 @@ def run_stack(
 ) -> tuple[Array, dict[str, Array]]:
   """Applies blocks built by `stack` in order, `block(x, key=, drop_rate=, **arrays) -> (x, aux)`.
 
-  Returns x, and the arrays that the blocks returned beside it, stacked over layers.
+  Returns x, and the arrays that the blocks returned beside it, stacked over layers. Where the mesh has stages, the
+  blocks run as a pipeline.
 
   `drop_path_rate` is that of the last block; it grows linearly from 0 at the first.
-  `remat` says what the backward pass computes again: "none", "full" (all but the input of a block) or "dots" (all but
-  the results of the dense layers).
-  `arrays` have a leading batch axis, such as positions.
+  `remat` says what the backward pass computes again, see `remat_policy`.
+  `arrays` have a leading batch axis, such as the segments of packed documents.
   """
-  policy = choose(REMAT, "remat", remat)
-  depth = len(blocks) if isinstance(blocks, nnx.List) else jax.tree.leaves(blocks)[0].shape[0]
+  policy = remat_policy(remat)
+  scanned = not isinstance(blocks, nnx.List)
+  staged = sharding.current().size("stage") > 1
+  if staged and not scanned:
+    raise UserError("model.scan: a pipeline needs its layers in one stack; set scan=True.")
+  groups = (sharding.current().repeats > 1) + 1  # Leading dimensions that count layers.
+  depth = math.prod(jax.tree.leaves(blocks)[0].shape[:groups]) if scanned else len(blocks)
   rates = jnp.linspace(0.0, drop_path_rate, depth) if drop_path_rate and key is not None else None
   keys = None if key is None else jax.random.split(key, depth)
 
-  def layer(x, block, key, drop_rate):
+  def layer(x, block, key, drop_rate, **arrays):
     return block(x, key=key, drop_rate=drop_rate, **arrays)
 
+  if staged:
+    return pipeline.run(layer, blocks, x, keys=keys, rates=rates, arrays=arrays, policy=policy)
   if policy is not None:
     layer = jax.checkpoint(layer, policy=policy)
-  if isinstance(blocks, nnx.List):
-    found = []
-    for i, block in enumerate(blocks):
-      x, aux = layer(x, block, *_at(i, (keys, rates)))
-      found.append(aux)
-    return x, jax.tree.map(lambda *layers: jnp.stack(layers), *found)
-  return jax.lax.scan(lambda x, xs: layer(x, *xs), x, (blocks, keys, rates))
+  if scanned:
+    return jax.lax.scan(lambda x, xs: layer(x, *xs, **arrays), x, (blocks, keys, rates))
+  found = []
+  for i, block in enumerate(blocks):
+    x, aux = layer(x, block, *_at(i, (keys, rates)), **arrays)
+    found.append(aux)
+  return x, jax.tree.map(lambda *layers: jnp.stack(layers), *found)
+
+
+def remat_policy(remat: str) -> Callable | None:
+  """Returns the policy of `jax.checkpoint` for a block; None where nothing is computed again.
+
+  "none"; "full", all but the input of a block; "dots", all but the results of the dense layers. Or by tensor, all but
+  "save(qkv,hidden)" and "offload(attention)", which is kept in the host's memory, joined by "+". Tensors have the names
+  in `NAMED`: the projections that attention takes in, what it gives, and what is inside the MLP.
+  """
+  policies = jax.checkpoint_policies
+  whole = {"none": None, "full": policies.nothing_saveable, "dots": policies.dots_with_no_batch_dims_saveable}
+  if remat in whole:
+    return whole[remat]
+  found = {"save": [], "offload": []}
+  for word in remat.split("+"):
+    call = re.fullmatch(r"(save|offload)\((.*)\)", word.strip())
+    if not call:
+      known = [*whole, "save(qkv)", "offload(hidden)"]
+      raise UserError(f"model.remat: {remat!r} is not known.{suggest(remat, known)}")
+    for name in call[2].split(","):
+      if name.strip() not in NAMED:
+        raise UserError(f"model.remat: {name.strip()!r} is no tensor of a block.{suggest(name.strip(), NAMED)}")
+      found[call[1]].append(name.strip())
+  return policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=found["save"],
+    names_which_can_be_offloaded=found["offload"],
+    offload_src="device",
+    offload_dst="pinned_host",
+  )
 
 
 def _at(index, tree):

@@ -170,7 +170,7 @@ def make(
     drop_path: stochastic depth's rate at the last block; it grows linearly from 0 at the first.
     activation: of the MLP.
     scan: compile one block and scan over layers; parameters get a leading layer axis. For depth and for TPUs.
-    remat: what the backward pass computes again: "none", "full" or "dots".
+    remat: what the backward pass computes again: "none", "full", "dots", "save(qkv)"; see `layers.remat_policy`.
     dtype: of the computation; parameters and logits are float32.
   """
   variants = layers.read_patch_variant(VARIANTS, variant)
@@ -181,7 +181,7 @@ def make(
   width = sizes["width"]
   layers.check_positive(num_classes=num_classes, channels=channels, pre_logits=pre_logits)
   layers.check_rate(dropout=dropout, drop_path=drop_path)
-  layers.choose(layers.REMAT, "remat", remat)
+  layers.remat_policy(remat)
   compute = layers.choose(layers.DTYPES, "dtype", dtype)
   grid = layers.grid(image_size, sizes["patch_size"])
   if positions == "sincos2d" and width % 4:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bigjax.errors import UserError
 from bigjax.models import layers
 
 
@@ -120,3 +121,27 @@ def test_activations_are_those_the_field_means(x):
   )
   for name, value in expected.items():
     np.testing.assert_allclose(layers.ACTIVATIONS[name](jnp.float32(x)), value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  ("remat", "kept"),
+  [("full", []), ("save(qkv,hidden)", ["qkv", "hidden"]), ("offload(qkv)+save(attention)", ["attention"])],
+)
+def test_a_policy_names_the_tensors_that_the_backward_pass_does_not_compute_again(remat, kept, capsys):
+  build = functools.partial(layers.Block, 8, 2, 16, init=layers.BlockInit(*[nnx.initializers.lecun_normal()] * 4))
+  blocks = layers.stack(build, 2, scan=False, rngs=nnx.Rngs(0))
+  jax.ad_checkpoint.print_saved_residuals(
+    lambda x: layers.run_stack(blocks, x, remat=remat)[0].sum(), jnp.ones((2, 3, 8))
+  )
+  said = capsys.readouterr().out
+  assert [said.count(f"named '{name}'") for name in layers.NAMED] == [2 * (name in kept) for name in layers.NAMED]
+  assert said.count("<host>[2,3,24]") == 2 * ("offload(qkv)" in remat)
+
+
+@pytest.mark.parametrize(
+  ("remat", "words"),
+  [("ful", "Did you mean 'full'"), ("save(qvk)", "Did you mean 'qkv'"), ("save(qkv)+keep(hidden)", "is not known")],
+)
+def test_a_policy_that_is_not_known_is_refused(remat, words):
+  with pytest.raises(UserError, match=words):
+    layers.remat_policy(remat)
