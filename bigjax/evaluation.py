@@ -31,11 +31,11 @@ class Evaluation:
 
     def batches(data):
       stream = Stream.of(data)
-      host, hosts = sharding.data_part(run.mesh)
+      mine, parts = sharding.data_part(run.mesh)
 
       def finite():
         found = pipeline.eval_batches(
-          stream.source, batch_size=size, preprocess=stream.preprocess, host=host, hosts=hosts
+          stream.source, batch_size=size, preprocess=stream.preprocess, host=mine, hosts=parts
         )
         with pipeline.to_device(found, sharding.batch_sharding(run.mesh)) as on_device:
           yield from on_device

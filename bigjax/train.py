@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import functools
 import math
+import os
 import signal
 import threading
 from collections.abc import Mapping
@@ -14,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import multihost_utils
 
 from bigjax import config as configs
-from bigjax import initialise, metrics, overview, precision, record, sharding
+from bigjax import hosts, initialise, metrics, overview, precision, record, sharding
 from bigjax import state as states
 from bigjax.best import Watch
 from bigjax.checkpoint import Checkpoints
@@ -57,6 +59,7 @@ def train(config: TrainConfig, workdir: str) -> str:
     writers = stack.enter_context(metrics.Writers(workdir, config.writers, resume_step=first or None, primary=primary))
     progress = stack.enter_context(metrics.Progress(run.total_steps, first, *run.pace, quiet=not primary))
     interrupt = stack.enter_context(Interrupt())
+    stack.enter_context(hosts.failure_told())  # Last in, so that no peer is waited for before it knows.
     progress.say(overview.headline(run))
 
     key = jax.device_put(jax.random.fold_in(jax.random.key(config.seed), 1), sharding.replicated(run.mesh))
@@ -83,9 +86,10 @@ def train(config: TrainConfig, workdir: str) -> str:
         logger.evals(step, measurements)
         watch = watch.seen(step, measurements)
 
+      asked = interrupt.agreed()
       if watch.tired:
         status = "stopped early"
-      elif interrupt.asked:
+      elif asked:
         status = "stopped"
       ending = status != "finished"
       if any(map(due, save_every)) or watch.improved_at(step) or ending:
@@ -203,15 +207,15 @@ def is_due(step: int, every: int, *, last: int) -> bool:
 
 def train_batches(run: Experiment, first: int) -> pipeline.Ahead:
   """Batches on the devices, from that of step `first` on."""
-  host, hosts = sharding.data_part(run.mesh)
+  mine, parts = sharding.data_part(run.mesh)
   batches = pipeline.train_batches(
     run.data.source,
     batch_size=run.config.batch_size,
     seed=run.config.seed,
     preprocess=run.data.preprocess,
     start_step=first,
-    host=host,
-    hosts=hosts,
+    host=mine,
+    hosts=parts,
   )
   return pipeline.to_device(run.checked(batches), sharding.batch_sharding(run.mesh))
 
@@ -256,20 +260,35 @@ class Logger:
 
 
 class Interrupt:
-  """SIGTERM and SIGINT asked for politely: the first is noticed between two steps, the second ends at once."""
+  """SIGTERM and SIGINT asked for politely: the first is noticed between two steps, the second ends at once.
+
+  Several processes stop at the same step whichever of them is asked. JAX listens to SIGTERM then (the notice that a
+  machine is about to be taken away), and sets a step that none has passed.
+  """
 
   def __init__(self):
-    self.asked = False
+    self._asked, self._steps = False, 0
+    self._several = jax.process_count() > 1
 
   def __enter__(self) -> Interrupt:
     here = threading.current_thread() is threading.main_thread()  # Python gives signals to no other.
-    self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT) if here}
+    heard = [signal.SIGINT] if self._several else [signal.SIGTERM, signal.SIGINT]
+    self._before = {s: signal.signal(s, self._ask) for s in heard if here}
     return self
+
+  def agreed(self) -> bool:
+    """Whether to stop now; to be called once after every step, by every process."""
+    if not self._several:
+      return self._asked
+    self._steps += 1  # Counted from the start of the loop: a notice that came before it stops the first step.
+    return multihost_utils.reached_preemption_sync_point(self._steps)
 
   def _ask(self, number, frame):
     del frame
-    self.asked = True
+    self._asked = True
     signal.signal(number, self._before[number])
+    if self._several:
+      os.kill(os.getpid(), signal.SIGTERM)
 
   def __exit__(self, *_):
     for number, handler in self._before.items():

@@ -6,8 +6,8 @@ import argparse
 import os
 
 from bigjax import config as configs
-from bigjax import record
-from bigjax.commands.train import default_cache, use_cache
+from bigjax import peers, record
+from bigjax.commands.train import default_cache, together, use_cache
 
 
 def main(argv: list[str]) -> int:
@@ -15,6 +15,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--workdir", required=True, help="the directory of a run")
   parser.add_argument("--step", type=int, help="the step of a checkpoint; the last one otherwise")
   parser.add_argument("--compile_cache", default=default_cache(), metavar="DIR", help="'none' for none")
+  peers.add_flags(parser)
   args, overrides = parser.parse_known_args(argv)
   record.read_config(args.workdir)  # A directory that holds no run is said so before anything else.
   config = configs.read(os.path.join(args.workdir, "config.json"), overrides)
@@ -25,11 +26,11 @@ def main(argv: list[str]) -> int:
   from bigjax import experiment, train
 
   resolved = configs.resolve(config, experiment.TrainConfig)
-  step, results = train.evaluate(resolved, args.workdir, args.step)
-  if jax.process_index() != 0:
-    return 0
-  width = max(map(len, results), default=0)
-  print(f"step {step:,} of {args.workdir}")
-  print("\n".join(f"  {k:<{width}}  {v:.6g}" for k, v in results.items() if isinstance(v, int | float)))
-  record.write_json(os.path.join(args.workdir, f"eval-{step:08d}.json"), results)
+  with together(args, resolved, args.workdir):
+    step, results = train.evaluate(resolved, args.workdir, args.step)
+    if jax.process_index() == 0:
+      width = max(map(len, results), default=0)
+      print(f"step {step:,} of {args.workdir}")
+      print("\n".join(f"  {k:<{width}}  {v:.6g}" for k, v in results.items() if isinstance(v, int | float)))
+      record.write_json(os.path.join(args.workdir, f"eval-{step:08d}.json"), results)
   return 0

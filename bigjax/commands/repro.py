@@ -6,7 +6,7 @@ import argparse
 import os
 
 from bigjax import config as configs
-from bigjax import record
+from bigjax import peers, record
 from bigjax.commands import train as train_command
 from bigjax.errors import UserError
 
@@ -18,33 +18,48 @@ def main(argv: list[str]) -> int:
   parser.add_argument("workdir", help="the directory of a run")
   parser.add_argument("--into", metavar="DIR", help="where the new run goes; WORKDIR-repro otherwise")
   parser.add_argument("--compile_cache", default=train_command.default_cache(), metavar="DIR", help="'none' for none")
+  peers.add_flags(parser)
   args = parser.parse_args(argv)
   into = args.into or args.workdir.rstrip("/") + "-repro"
   described = record.read_config(args.workdir)
   before = record.read_run(args.workdir)
-  if os.path.isdir(into) and os.listdir(into):
-    raise UserError(f"--into={into} is there already; a repetition starts from nothing. Remove it or name another.")
-  for what, old, new in (
-    ("package", before.get("versions", {}), record.versions()),
-    ("code", before.get("git", {}), record.git_state()),
-  ):
-    for key, was, now in configs.diff(old, new):
-      print(f"note: {what} {key} was {was!r} and is {now!r}")
 
   train_command.use_cache(args.compile_cache)
   from bigjax import experiment, train
 
-  config = configs.read(os.path.join(args.workdir, "config.json"))
-  if configs.describe(configs.resolve(config, experiment.TrainConfig)) != described:
+  resolved = configs.resolve(configs.read(os.path.join(args.workdir, "config.json")), experiment.TrainConfig)
+  if configs.describe(resolved) != described:
     raise UserError(f"--workdir={args.workdir}: the code now reads this config.json differently; see bigjax diff.")
-  status = train.train(configs.resolve(config, experiment.TrainConfig), into)
-  code = train_command.after(into, status)
-  differences, compared = compare(args.workdir, into)
+  if os.path.isdir(into) and os.listdir(into):
+    raise UserError(f"--into={into} is there already; a repetition starts from nothing. Remove it or name another.")
+  with train_command.together(args, resolved, into):
+    import jax
+
+    primary = jax.process_index() == 0
+    for line in changes(before) if primary else ():
+      print(f"note: {line}")
+    code = train_command.after(into, train.train(resolved, into))
+    different = verdict(args.workdir, into) if primary else 0
+    return code or different
+
+
+def changes(before) -> list[str]:
+  """Returns what is not as a run recorded it: packages, code."""
+  pairs = [
+    ("package", before.get("versions", {}), record.versions()),
+    ("code", before.get("git", {}), record.git_state()),
+  ]
+  return [f"{what} {k} was {was!r} and is {now!r}" for what, a, b in pairs for k, was, now in configs.diff(a, b)]
+
+
+def verdict(workdir: str, into: str) -> int:
+  """Says what differs between two runs; returns the exit code."""
+  differences, compared = compare(workdir, into)
   for line in differences[:20]:
     print(line)
-  verdict = "the same to the bit" if not differences else f"{len(differences)} differ"
-  print(f"{compared} numbers of {args.workdir} compared with {into}: {verdict}")
-  return code or int(bool(differences))
+  found = "the same to the bit" if not differences else f"{len(differences)} differ"
+  print(f"{compared} numbers of {workdir} compared with {into}: {found}")
+  return int(bool(differences))
 
 
 def compare(a: str, b: str) -> tuple[list[str], int]:

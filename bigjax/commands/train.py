@@ -6,6 +6,7 @@ import argparse
 import os
 
 from bigjax import config as configs
+from bigjax import peers, record
 from bigjax.errors import UserError
 
 
@@ -23,6 +24,7 @@ def main(argv: list[str]) -> int:
     metavar="DIR",
     help="compiled programs kept between runs; 'none' for none",
   )
+  peers.add_flags(parser)
   args, overrides = parser.parse_known_args(argv)
   config = configs.read(args.config, overrides)
 
@@ -30,8 +32,22 @@ def main(argv: list[str]) -> int:
   from bigjax import experiment, train
 
   resolved = configs.resolve(config, experiment.TrainConfig)
-  status = train.train(resolved, args.workdir)
-  return after(args.workdir, status)
+  with together(args, resolved, args.workdir):
+    status = train.train(resolved, args.workdir)
+    return after(args.workdir, status)
+
+
+def together(args, resolved, workdir: str):
+  """Returns the context in which a command's processes, if it has several, start together and fail together."""
+  from bigjax import hosts
+
+  def note(reason):
+    if record.read_run(workdir).get("status") == "running":
+      record.finish(workdir, "failed", error=reason)
+
+  versions = {"version of " + name: version for name, version in record.versions().items()}
+  same = {"config": configs.digest(configs.describe(resolved))} | versions
+  return hosts.joined(args, same, workdir, note)
 
 
 def after(workdir: str, status: str) -> int:

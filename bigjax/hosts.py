@@ -1,0 +1,288 @@
+"""Several processes, one run: they come together, agree, and fail together.
+
+The same command is started on every host; `bigjax.peers` finds out who they are. While they run, a thread in each looks
+out once a second, by the key-value store of JAX's coordination service: a peer that failed, or of which nothing is
+heard any more, ends all the others with its name, also where they wait inside a collective operation. One process alone
+does nothing of this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+
+from bigjax.errors import UserError
+from bigjax.peers import Peers, call_roll, find, is_loopback, metadata
+
+SILENCE = 60  # Seconds without a sign of life after which a peer counts as lost; --peer_timeout if that is less.
+GRACE = 10  # Seconds that a failed process has to tidy up in.
+POLL = 1.0  # Seconds between two looks at the peers.
+
+
+# Coming together
+
+
+@contextlib.contextmanager
+def joined(
+  args: argparse.Namespace, same: Mapping[str, str], workdir: str, note: Callable[[str], None]
+) -> Iterator[Peers | None]:
+  """Runs what is within as one of the processes of a run, or plainly where there is one alone.
+
+  Args:
+    args: Has what `peers.add_flags` adds.
+    same: What has to be the same everywhere by a name for it, such as the digest of the config.
+    workdir: The directory of the run, which all of them must see.
+    note: Called with the reason, on process 0, when peers end the run.
+
+  Raises:
+    UserError: The set-up can't be: numbers that don't fit, another config on another host, a workdir not shared.
+    TimeoutError: A process did not come; says which.
+  """
+  peers = initialize(args.coordinator, args.processes, args.process, args.peer_timeout)
+  if peers is None:
+    yield None
+    return
+  lookout = _Lookout(peers, min(SILENCE, args.peer_timeout), note)
+  try:
+    _check_same(peers, same, args.peer_timeout)
+    _check_shared(peers, workdir, args.peer_timeout)
+    yield peers
+    _store().wait_at_barrier("bigjax/done", 3_600_000)  # Process 0 has the report to write; a failure ends this sooner.
+  except BaseException as e:
+    lookout.fail(e)
+    raise
+  lookout.close()
+
+
+def initialize(
+  coordinator: str | None = None, processes: int | None = None, process: int | None = None, timeout: float = 300
+) -> Peers | None:
+  """Finds the peers and starts `jax.distributed` with them, before anything else uses JAX; None where there are none.
+
+  Raises:
+    UserError: The flags or the environment can't be so, or the processes contradict each other.
+    TimeoutError: A process did not come; says which.
+  """
+  attribute = None
+  # Importing JAX sets the first where the machine has no TPU; then there is no server of metadata to ask.
+  if "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu"):
+    attribute = metadata
+  hostname = socket.getfqdn() if "JOB_COMPLETION_INDEX" in os.environ else socket.gethostname()
+  peers = find(
+    os.environ, coordinator=coordinator, processes=processes, process=process, attribute=attribute, hostname=hostname
+  )
+  if peers is None:
+    return None
+  host = peers.coordinator.rpartition(":")[0]
+  if any(name in os.environ for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY")):
+    os.environ["no_proxy"] = ",".join(filter(None, (os.environ.get("no_proxy"), host)))
+    os.environ["JAX_CHECK_PROXY_ENVS"] = "0"
+    jax.config.update("jax_check_proxy_envs", False)
+  call_roll(peers, timeout)
+  jax.distributed.initialize(
+    peers.coordinator,
+    peers.processes,
+    peers.process,
+    None if peers.local_devices is None else list(peers.local_devices),
+    cluster_detection_method="deactivate",
+    initialization_timeout=max(10, int(timeout)),
+    heartbeat_timeout_seconds=2 * SILENCE,  # Behind our own, which says more.
+    coordinator_bind_address=peers.coordinator if is_loopback(host) else None,
+  )
+  return peers
+
+
+def _store():
+  """The key-value store of JAX's coordination service; JAX has no public name for it."""
+  from jax._src import distributed
+
+  return distributed.global_state.client
+
+
+def _check_same(peers, same, timeout):
+  """Refuses processes that would compute something else than process 0."""
+  store, name = _store(), "bigjax/same"
+  if peers.process == 0:
+    store.key_value_set(name, json.dumps(dict(same)))
+  first = json.loads(store.blocking_key_value_get(name, int(1000 * timeout)))
+  if differing := [what for what in same if first.get(what) != same[what]]:
+    raise UserError(
+      f"process {peers.process} on {socket.gethostname()} has another {' and another '.join(differing)} than process "
+      "0; start the same command with the same files on every host."
+    )
+
+
+def _check_shared(peers, workdir, timeout):
+  """Refuses a workdir that is another directory on another host."""
+  store, name = _store(), "bigjax/workdir"
+  if peers.process == 0:
+    token = f".hosts-{secrets.token_hex(8)}"
+    try:
+      os.makedirs(workdir, exist_ok=True)
+      with open(os.path.join(workdir, token), "x"):
+        pass
+    except OSError as e:
+      raise UserError(f"--workdir={workdir} can't be written: {e.strerror}.") from e
+    store.key_value_set(name, token)
+  token = os.path.join(workdir, store.blocking_key_value_get(name, int(1000 * timeout)))
+  deadline = time.monotonic() + 15  # A network's file system may be slow to show what is new.
+  while not (there := os.path.exists(token)) and time.monotonic() < deadline:
+    time.sleep(0.2)
+    with contextlib.suppress(OSError):
+      os.listdir(workdir)
+  try:
+    if not there:
+      raise UserError(
+        f"--workdir={workdir} on {socket.gethostname()} (process {peers.process}) is not the directory that process 0 "
+        "writes to; name one that all hosts share."
+      )
+    store.wait_at_barrier("bigjax/workdir", int(1000 * timeout))
+  finally:
+    if peers.process == 0:
+      os.remove(token)
+
+
+# Failing together
+
+
+def tell(error: BaseException) -> None:
+  """Tells the peers that this process fails, so that none waits for it; does nothing where there are none."""
+  if _store() is None or _is_of_a_peer(error):
+    return
+  code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+  if isinstance(error, SystemExit):
+    code = error.code if isinstance(error.code, int) else 1
+  _post(jax.process_index(), code, _shown(error))
+
+
+@contextlib.contextmanager
+def failure_told() -> Iterator[None]:
+  """Tells the peers of an exception at once, before what is around it tidies up and may wait for them."""
+  try:
+    yield
+  except BaseException as e:
+    tell(e)
+    raise
+
+
+def _shown(error):
+  return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def _is_of_a_peer(error):
+  """Whether an error says no more than that someone else is gone."""
+  words = r"(?i)gloo|connection|peer|unavailable|socket|coordination|deadline|barrier"
+  return isinstance(error, jax.errors.JaxRuntimeError) and re.search(words, str(error)) is not None
+
+
+def _post(process, code, reason):
+  said = json.dumps({"process": process, "code": code, "reason": reason[:2000], "host": socket.gethostname()})
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # Said before, or the service is gone, which ends all anyway.
+    _store().key_value_set(f"bigjax/failed/{process}", said)
+
+
+class _Lookout:
+  """A thread that ends this process when a peer has failed or is lost, and after its own failure in bounded time."""
+
+  def __init__(self, peers: Peers, silence: float, note: Callable[[str], None]):
+    self._peers, self._silence, self._note = peers, silence, note
+    self._failing, self._ended = threading.Event(), threading.Event()
+    self._thread = threading.Thread(target=self._run, name="bigjax-lookout", daemon=True)
+    self._thread.start()
+
+  def close(self) -> None:
+    self._ended.set()
+    self._thread.join()
+
+  def fail(self, error: BaseException) -> None:
+    """Tells the peers of this process's own failure; from here on it ends without waiting for them."""
+    me = self._peers.process
+    if _is_of_a_peer(error):
+      # Whoever that was, it is known in a moment: it said so itself, or its silence will.
+      time.sleep(self._silence + 4 * POLL)
+    self._failing.set()
+    print(f"process {me} of {self._peers.processes} on {socket.gethostname()} fails:", file=sys.stderr, flush=True)
+    if _is_of_a_peer(error):
+      _post(me, 1, _shown(error))
+    else:
+      tell(error)
+    self._linger()
+    code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+    atexit.register(_leave, code)  # Ahead of JAX's own, which waits for all peers.
+
+  def _run(self):
+    store, me = _store(), self._peers.process
+    heard: dict[str, tuple[str, float]] = {}
+    failing_since = None
+    for beat in itertools.count():
+      if self._ended.wait(POLL):
+        break
+      try:
+        store.key_value_set(f"bigjax/alive/{me}", str(beat), allow_overwrite=True)
+        if me == 0:
+          self._listen_for_life(store, heard)
+        failed = [json.loads(said) for _, said in store.key_value_dir_get("bigjax/failed")]
+      except jax.errors.JaxRuntimeError:
+        continue  # The service is gone, and JAX is about to end this process.
+      mine = next((f for f in failed if f["process"] == me), None)
+      if mine is not None:
+        failing_since = failing_since or time.monotonic()
+        if time.monotonic() - failing_since > GRACE:
+          self._end(mine)
+      elif failed and not self._failing.wait(POLL):  # What is wrong everywhere is known here in a moment, too.
+        self._end(failed[0])
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      store.key_value_delete(f"bigjax/alive/{me}")
+
+  def _listen_for_life(self, store, heard):
+    now = time.monotonic()
+    for key, beat in store.key_value_dir_get("bigjax/alive"):
+      if heard.get(key, ("", 0))[0] != beat:
+        heard[key] = (beat, now)
+      elif now - heard[key][1] > self._silence:
+        process = int(key.rpartition("/")[2])
+        _post(process, 1, f"nothing was heard of it for {self._silence:g} s: it was killed, or its host is gone")
+
+  def _end(self, failed):
+    """Ends this process, whatever its other threads wait for."""
+    process = failed["process"]
+    reason = f"process {process} of {self._peers.processes} failed on {failed['host']}: {failed['reason']}"
+    if process == self._peers.process:
+      reason = f"{reason} (and did not end by itself)"
+    print(f"bigjax: {reason}", file=sys.stderr, flush=True)
+    if self._peers.process == 0:
+      with contextlib.suppress(Exception):  # The disk may be what failed.
+        self._note(reason)
+    self._linger()
+    _leave(failed["code"])
+
+  def _linger(self):
+    """Process 0 has the store: it goes when the others have read of it."""
+    store, me = _store(), self._peers.process
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      store.key_value_set(f"bigjax/seen/{me}", "", allow_overwrite=True)
+      deadline = time.monotonic() + 5
+      while me == 0 and time.monotonic() < deadline:
+        if len(store.key_value_dir_get("bigjax/seen")) == self._peers.processes:
+          break
+        time.sleep(POLL / 10)
+
+
+def _leave(code):
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
