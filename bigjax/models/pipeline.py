@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, Key, Shaped
 
 from bigjax import sharding
 from bigjax.errors import UserError
@@ -64,8 +64,8 @@ def run(
   blocks: Any,
   x: Shaped[Array, "batch seq width"],
   *,
-  keys: PRNGKeyArray | None = None,
-  rates: Array | None = None,
+  keys: Key[Array, " layers"] | None = None,
+  rates: Float[Array, " layers"] | None = None,
   arrays: Mapping[str, Array] | None = None,
   policy: Callable[..., Any] | None = None,
   checkpoint_stages: bool = False,
@@ -148,7 +148,7 @@ def run(
   held = lambda a: sharding.constrain(a, "stage", None, "batch", "seq", None)
   moving = lambda a: sharding.constrain(a, "stage", "batch", "seq", None)
   waiting = held(jnp.moveaxis(split(x).reshape(columns, stages, -1, *x.shape[1:]), 1, 0))
-  # Between two repeats a result waits in a column as well; where there is one only, it goes straight to the first stage.
+  # Between two repeats a result waits in a column as well; with one column it goes straight to the first stage.
   waits = 1 if columns == 1 else repeats
 
   def iteration(carry, t):
@@ -172,7 +172,8 @@ def run(
 
   def add(total, aux, step):
     """Adds to `total`, [stage, repeat, layer, ...], what stages that are not idle say of their layers."""
-    now = ((step >= 0) & (step < steps))[:, None] & (step[:, None] // parts == jnp.arange(repeats))
+    step = step[:, None]
+    now = (step >= 0) & (step < steps) & (step // parts == jnp.arange(repeats)[None])
     here = lambda a: jnp.expand_dims(now, range(2, a.ndim + 1))
     return jax.tree.map(lambda t, a: t + jnp.where(here(a), a[:, None], jnp.zeros_like(a[:, None])), total, aux)
 
