@@ -28,6 +28,7 @@ KINDS = (
 )
 # What keeps a device busy while an asynchronous collective is under way.
 _WORK = frozenset(("fusion", "dot", "convolution", "custom-call", "while", "call", "conditional", "scatter", "sort"))
+_NOT_OWN = re.compile(r"site-packages|dist-packages|lib/python\d|bigjax/sharding\.py$")
 _ACROSS_SLICES = {"ONE_TO_ONE": "collective-permute", "P2P": "collective-permute"}
 
 
@@ -69,10 +70,14 @@ class Collective:
     return round(self.bytes * factor.get(self.kind, share))
 
   @property
+  def lines(self) -> tuple[hlo.Frame, ...]:
+    """The lines that are neither a library's nor `constrain`'s own, the innermost first."""
+    return tuple(f for f in self.stack if not _NOT_OWN.search(f.file)) or self.stack
+
+  @property
   def source(self) -> hlo.Frame | None:
-    """The innermost line that is not a library's."""
-    own = (f for f in self.stack if not re.search(r"site-packages|dist-packages|lib/python\d", f.file))
-    return next(own, self.stack[0] if self.stack else None)
+    """The innermost of them."""
+    return next(iter(self.lines), None)
 
 
 def find(module: hlo.Module, mesh: Any) -> list[Collective]:
@@ -419,8 +424,12 @@ def _parameter_behind(inner, i, path) -> int | None:
 
 
 def by_line(collectives: Sequence[Collective]) -> list[list[Collective]]:
-  """Returns them in groups that a person would call one: same kind, axes, bytes, pass and line; the heaviest first."""
+  """Returns them in groups that a person would call one, the heaviest first.
+
+  Those of a group share kind, axes, bytes, pass, line, and leaf, whatever the number of its layer.
+  """
   together = {}
   for c in collectives:
-    together.setdefault((c.kind, c.axes, c.bytes, c.phase, c.source, c.overlapped), []).append(c)
+    leaf = re.sub(r"\['?\d+'?\]", "[*]", c.origin)
+    together.setdefault((c.kind, c.axes, c.bytes, c.phase, c.lines[:2], leaf, c.overlapped), []).append(c)
   return sorted(together.values(), key=lambda group: -sum(c.total for c in group))

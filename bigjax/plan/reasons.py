@@ -109,7 +109,8 @@ def _of_the_state(c, over, intent):
       return Verdict(True, "the tokens, before they are split")
     return Verdict(False, f"gathers {c.origin}: every device reads examples of the others")
   if leaf is None:
-    return None
+    whole = all(any(_gathered(a, leaf, over, intent) for leaf in intent.alike(a)) for a in c.arrays if a.bytes > SMALL)
+    return Verdict(True, "parameters, gathered for use (FSDP)") if whole and not over & _model(intent) else None
   if not over <= leaf.axes:
     return Verdict(False, f"gathers {name} over {_words(over - leaf.axes)}, over which it is not split")
   if over & intent.axes("stage"):
@@ -132,7 +133,7 @@ def _gradients(c, over, intent):
     if c.kind == "all-reduce" and all(any(leaf.axes & over for leaf in intent.alike(a)) for a in large):
       return Verdict(True, "gradients, summed everywhere though each device keeps a part")
     return Verdict(True, "gradients, summed over the batch")
-  if over <= intent.axes("batch", "seq", "stage") | _model(intent):
+  if over & intent.axes("batch", "seq") and over <= intent.axes("batch", "seq", "stage") | _model(intent):
     return Verdict(True, "gradients of what all parts of a layer use")
   return None
 
@@ -230,6 +231,13 @@ def _model(intent) -> frozenset[str]:
 
 def _words(axes) -> str:
   return " and ".join(sorted(axes, key=lambda a: sharding.AXES.index(a) if a in sharding.AXES else 99))
+
+
+def _gathered(array, leaf, over, intent) -> bool:
+  """Whether an array is as large as a leaf, or a layer of it, gathered over some of its axes."""
+  whole = math.prod(leaf.part) * math.prod(intent.layout.mesh.shape[a] for a in over)
+  layers = itertools.accumulate(leaf.part[:2], int.__mul__, initial=1)
+  return over <= leaf.axes and any(array.count * n == whole for n in layers)
 
 
 def _may_be(dims, shape) -> bool:
