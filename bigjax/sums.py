@@ -36,6 +36,11 @@ class Sums:
     sums = {k: (jnp.where(weight != 0, v.astype(jnp.float32), 0.0) * weight).sum() for k, v in values.items()}
     return cls(sums, dict.fromkeys(values, weight.sum()))
 
+  def plus(self, penalties: dict[str, Array]) -> Sums:
+    """Adds terms to the loss that are sums over the same tokens or examples, each shown by its name as well."""
+    sums = self.sums | {"loss": sum(penalties.values(), start=self.sums["loss"])} | penalties
+    return Sums(sums, self.weights | dict.fromkeys(penalties, self.weights["loss"]))
+
   def __add__(self, other: Sums) -> Sums:
     return jax.tree.map(jnp.add, self, other)
 

@@ -41,8 +41,8 @@ class GPT(nnx.Module):
 
   def hidden(
     self, tokens: Int[Array, "batch seq"], *, key: PRNGKeyArray | None = None, train: bool = False
-  ) -> Float[Array, "batch seq width"]:
-    """Returns the normalised output of the last block, which `unembed` turns into logits."""
+  ) -> tuple[Float[Array, "batch seq width"], dict[str, Array]]:
+    """Returns the normalised output of the last block, which `unembed` turns into logits, and no penalties."""
     seq, context = tokens.shape[1], self.position_embed.num_embeddings
     if seq > context:
       raise UserError(f"model.context: {context} positions are too few for sequences of {seq} tokens. Raise it.")
@@ -50,7 +50,7 @@ class GPT(nnx.Module):
     x = self.token_embed(tokens) + self.position_embed(jnp.arange(seq)[None])
     x = sharding.constrain(layers.dropout(x, self.dropout, embed_key), "batch", "seq", "embed")
     x, _ = layers.run_stack(self.blocks, x, key=stack_key, remat=self.remat)
-    return self.norm(x).astype(self.dtype)
+    return self.norm(x).astype(self.dtype), {}
 
   def unembed(self, hidden: Float[Array, "batch seq width"]) -> Float32[Array, "batch seq vocab"]:
     """Returns the logits of the next token; the kernel is the embedding of the tokens unless `tied` is off."""
@@ -60,7 +60,7 @@ class GPT(nnx.Module):
   def __call__(
     self, tokens: Int[Array, "batch seq"], *, key: PRNGKeyArray | None = None, train: bool = False
   ) -> Float32[Array, "batch seq vocab"]:
-    return self.unembed(self.hidden(tokens, key=key, train=train))
+    return self.unembed(self.hidden(tokens, key=key, train=train)[0])
 
 
 def make(

@@ -47,9 +47,9 @@ def check_range(batch: Mapping[str, np.ndarray], name: str, classes: int) -> Non
     )
 
 
-def outputs(module, inputs: Array) -> dict[str, Array]:
+def outputs(module, inputs: Array, **beside: Array) -> dict[str, Array]:
   """Returns the module's `logits` (float32), and its `features` where it has them."""
-  found = {"logits": module(inputs).astype(jnp.float32)}
+  found = {"logits": module(inputs, **beside).astype(jnp.float32)}
   # Computed a second time only to the eye: XLA finds the two equal, and what nobody reads is not computed at all.
   if callable(getattr(module, "features", None)):
     found["features"] = module.features(inputs).astype(jnp.float32)

@@ -136,3 +136,72 @@ def test_a_batch_that_does_not_fit_is_told_with_the_remedy(options, batch, messa
 def test_values_that_make_no_sense_are_refused_before_any_work(options):
   with pytest.raises(UserError, match=f"config.task.{next(iter(options))}"):
     language_modeling.make(**options)
+
+
+@dataclasses.dataclass
+class Embedded:
+  """Hidden states from one table, logits from another."""
+
+  table: jax.Array
+  head: jax.Array
+
+  def hidden(self, tokens, *, segments=None, key=None, train=False):
+    penalties = {"surprise": 0.5 * self.table.sum()} if segments is not None else {}
+    return self.table[tokens], penalties
+
+  def unembed(self, hidden):
+    return jnp.einsum("bsd,vd->bsv", hidden, self.head)
+
+  def __call__(self, tokens, *, segments=None):
+    return self.unembed(self.hidden(tokens)[0])
+
+
+@pytest.mark.parametrize("chunks", [2, 5, 10])
+@pytest.mark.parametrize("options", [{}, {"z_loss": 1e-2, "label_smoothing": 0.1}])
+def test_a_loss_in_chunks_is_the_whole_one_with_its_gradient(chunks, options):
+  batch = example_batch(time=10) | {"token_mask": RNG.integers(0, 2, (6, 11)).astype(np.float32)}
+  tables = {"table": jnp.asarray(RNG.normal(size=(7, 4)), jnp.float32), "head": TABLE[:, :4]}
+
+  def value(tables, chunks):
+    sums = language_modeling.make(loss_chunks=chunks, **options).loss(Embedded(**tables), batch, key=KEY)
+    return 3.0 * sums.sums["loss"], sums
+
+  whole, parts = (jax.jit(jax.grad(lambda t, c=c: value(t, c), has_aux=True))(tables) for c in (1, chunks))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), whole, parts)
+  assert whole[1].sums.keys() == parts[1].sums.keys()
+  np.testing.assert_allclose(value(tables, chunks)[0], value(tables, 1)[0], rtol=1e-6)  # Without a gradient too.
+
+
+def test_logits_in_chunks_are_never_whole():
+  batch = example_batch(time=10)
+  tables = {"table": jnp.ones((7, 4)), "head": jnp.ones((7, 4))}
+
+  def step(chunks):
+    loss = lambda t: language_modeling.make(loss_chunks=chunks).loss(Embedded(**t), batch, key=KEY).sums["loss"]
+    return str(jax.make_jaxpr(jax.grad(loss))(tables))
+
+  assert "f32[6,10,7]" in step(1) and "f32[6,10,7]" not in step(5) and "f32[6,2,7]" in step(5)
+
+
+def test_packed_documents_are_predicted_within_themselves_and_penalties_are_part_of_the_loss():
+  batch = example_batch(n=1, time=6) | {"segments": np.array([[1, 1, 1, 2, 2, 0, 0]])}
+  tables = {"table": jnp.ones((7, 4)), "head": TABLE[:, :4]}
+  sums = language_modeling.make().loss(Embedded(**tables), batch, key=KEY)
+  assert sums.weights["loss"] == 3  # 2 in the first, 1 in the second, none from padding.
+  assert sums.sums["surprise"] == 14.0 and sums.weights["surprise"] == 3
+  np.testing.assert_allclose(sums.sums["loss"], sums.sums["nll"] + 14, rtol=1e-6)
+  predicted = language_modeling.make().predict(Embedded(**tables), batch)
+  assert list(predicted["weight"][0]) == [1, 1, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+  ("module", "options", "extra", "words"),
+  [
+    (Embedded(jnp.ones((7, 4)), TABLE[:, :4]), {"loss_chunks": 3}, {}, "3 parts do not divide a sequence of 5; "),
+    (Bigram(TABLE), {"loss_chunks": 5}, {}, "no hidden"),
+    (Bigram(TABLE), {}, {"segments": np.ones((6, 6), int)}, "no hidden"),
+  ],
+)
+def test_what_a_model_or_a_length_can_not_do_is_said(module, options, extra, words):
+  with pytest.raises(UserError, match=words):
+    language_modeling.make(**options).loss(module, example_batch() | extra, key=KEY)
