@@ -53,6 +53,15 @@ class Model:
     """Returns what a call may have changed."""
     return _plain(nnx.state(module, nnx.Not(nnx.Param)))
 
+  def settled(self, params: PyTree, extras: PyTree) -> PyTree:
+    """Returns the extras after a step: what a module does once all parts of a batch have been added up.
+
+    That is `module.settle()` where it has one, such as experts that balance their load by what they had to do.
+    """
+    module = self.bind(params, extras)
+    getattr(module, "settle", lambda: None)()
+    return self.extras(module)
+
   @property
   def abstract(self) -> tuple[PyTree, PyTree]:
     """The shapes of (params, extras)."""
