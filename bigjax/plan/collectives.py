@@ -190,7 +190,7 @@ def groups(text: str, devices: int) -> np.ndarray:
     ids = np.arange(math.prod(sizes.values()))
     if order:
       ids = (
-        groups(order[0].removeprefix("device_ids=").strip("()"), devices).ravel() if order[2] else _numbers(order[1])
+        groups(order[0].removeprefix("device_ids=").lstrip("("), devices).ravel() if order[2] else _numbers(order[1])
       )
     chosen = re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", named[2].rpartition("{")[2])
     return _along(np.asarray(ids).reshape(tuple(sizes.values())), list(sizes), chosen)
@@ -395,6 +395,8 @@ def _argument(module, computation, name, path, depth=0) -> str | None:
     return follow(i.operands[path[0]], path[1:]) if path else None
   if i.opcode in _SAME or i.opcode.removesuffix("-start").removesuffix("-done") == "all-gather":
     return follow(i.operands[0], () if i.opcode.endswith("-done") else path)
+  if i.opcode == "custom-call" and "ConcatBitcast" in i.rest:  # A TPU fetches an array slice by slice.
+    return follow(i.operands[0])
   if i.opcode == "while":
     return follow(i.operands[0]) if path and module.unchanged(i, path[0]) else None
   if i.opcode in ("fusion", "call"):

@@ -110,7 +110,11 @@ def _of_the_state(c, over, intent):
     return Verdict(False, f"gathers {c.origin}: every device reads examples of the others")
   if leaf is None:
     whole = all(any(_gathered(a, leaf, over, intent) for leaf in intent.alike(a)) for a in c.arrays if a.bytes > SMALL)
-    return Verdict(True, "parameters, gathered for use (FSDP)") if whole and not over & _model(intent) else None
+    return (
+      Verdict(True, "parameters, gathered for use (FSDP)")
+      if whole and c.phase != "update" and not over & _model(intent)
+      else None
+    )
   if not over <= leaf.axes:
     return Verdict(False, f"gathers {name} over {_words(over - leaf.axes)}, over which it is not split")
   if over & intent.axes("stage"):
