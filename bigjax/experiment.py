@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigjax import checkpoint, precision, quantize, schedules, sharding, updates
+from bigjax import checkpoint, precision, quantize, schedules, sharding, topology, updates
 from bigjax import state as states
 from bigjax.best import Watch
 from bigjax.config import Component
@@ -149,6 +149,8 @@ class TrainConfig:
   activations: Mapping[str, str | tuple[str, ...] | None] = dataclasses.field(default_factory=dict)  # Word: axes.
   sequence: Literal["ring", "ulysses"] = "ring"  # How attention works where the mesh splits sequences.
   pipeline: PipelineConfig = PipelineConfig()
+  determinism: Literal["run", "topology"] = "run"  # "topology": the same bits on any number of devices, topology.py.
+  groups: int = 8  # Of examples, for that: a power of two, at least as many as there will be devices.
 
   # What is measured, kept and shown.
   evals: Mapping[str, EvalConfig] = dataclasses.field(default_factory=dict)
@@ -201,6 +203,7 @@ class Experiment:
   outputs: Mapping[str, jax.ShapeDtypeStruct]  # What the task predicts of a batch.
   abstract: states.TrainState  # Shapes of the state.
   shardings: states.TrainState  # Layout of the state.
+  division: topology.Shared | topology.Alone  # How the step is divided over devices.
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
@@ -227,12 +230,12 @@ class Experiment:
   def init(self, key: jax.Array) -> states.TrainState:
     """Returns the first state, made in place on its devices."""
     create = functools.partial(states.create, model=self.model, tx=self.optimizer.tx)
-    with sharding.use(self.layout):
-      return jax.jit(create, out_shardings=self.shardings)(key)
+    with sharding.use(self.division.inside):
+      return self.division.jit_init(create, out_shardings=self.shardings)(key)
 
   def loss(self, params, extras, batch: Mapping[str, jax.Array], key: jax.Array):
-    """Returns (sums, extras as the call left them); pure, for use under `jit`."""
-    with sharding.use(self.layout):
+    """Returns (sums, extras as the call left them); pure, for use under `division.jit`."""
+    with sharding.use(self.division.inside):
       module = self.model.bind(params, extras)
       return self.task.loss(module, batch, key=key), self.model.extras(module)
 
@@ -288,7 +291,9 @@ def build(config: TrainConfig) -> Experiment:
   abstract = states.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, extras, opt_state)
   roles = _roles(config.model)
   shardings = sharding.shard_tree(abstract, config.sharding, layout.mesh, roles=roles, repeats=layout.repeats)
-  return Experiment(config, layout, data, batch, clock, model, task, optimizer, outputs, abstract, shardings)
+  divide = {"run": topology.shared, "topology": topology.alone}[config.determinism]
+  division = divide(layout, config.groups, config.batch_size, extras)
+  return Experiment(config, layout, data, batch, clock, model, task, optimizer, outputs, abstract, shardings, division)
 
 
 def _layout(config):

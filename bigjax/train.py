@@ -156,12 +156,13 @@ def make_step(run: Experiment):
       sums, extras = run.loss(params, extras, batch, key)
       return sums.sums["loss"] * scale, (sums, extras)
 
-    grads, (sums, extras) = accumulate(jax.grad(loss, has_aux=True), run.config.accumulate)(params, extras, batch, key)
+    accumulated = lambda grad_fn: accumulate(grad_fn, run.config.accumulate)
+    summed = run.division.summed(jax.grad(loss, has_aux=True), accumulated)
+    grads, (sums, extras) = summed(params, extras, batch, key)
     weight = sums.weights["loss"]
     divisor = jnp.where(weight == 0, 1, weight) * scale
     return jax.tree.map(lambda g: g / divisor, grads), sums.means(), extras
 
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(run.shardings, None))
   def step(state, batch, key):
     key, scale = jax.random.fold_in(key, state.step), optimizer.loss_scale(state.opt_state)
     grads, means, extras = mean_and_grads(state.params, state.extras, batch, key, scale)
@@ -174,7 +175,7 @@ def make_step(run: Experiment):
     measured = means | rates | norms | optimizer.measures(opt_state)
     return states.TrainState(state.step + 1, params, extras, opt_state), measured
 
-  return step
+  return run.division.jit(step, donate_argnums=0, out_shardings=(run.shardings, None))
 
 
 def accumulate(grad_fn, parts: int):
