@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
+from jax._src import distributed
 
 from bigjax.errors import UserError
 from bigjax.peers import Peers, call_roll, find, is_loopback, metadata
@@ -108,8 +109,6 @@ def initialize(
 
 def _store():
   """The key-value store of JAX's coordination service; JAX has no public name for it."""
-  from jax._src import distributed
-
   return distributed.global_state.client
 
 
@@ -139,7 +138,7 @@ def _check_shared(peers, workdir, timeout):
       raise UserError(f"--workdir={workdir} can't be written: {e.strerror}.") from e
     store.key_value_set(name, token)
   token = os.path.join(workdir, store.blocking_key_value_get(name, int(1000 * timeout)))
-  deadline = time.monotonic() + 15  # A network's file system may be slow to show what is new.
+  deadline = time.monotonic() + 10  # A network's file system may be slow to show what is new.
   while not (there := os.path.exists(token)) and time.monotonic() < deadline:
     time.sleep(0.2)
     with contextlib.suppress(OSError):
@@ -163,10 +162,8 @@ def tell(error: BaseException) -> None:
   """Tells the peers that this process fails, so that none waits for it; does nothing where there are none."""
   if _store() is None or _is_of_a_peer(error):
     return
-  code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-  if isinstance(error, SystemExit):
-    code = error.code if isinstance(error.code, int) else 1
-  _post(jax.process_index(), code, _shown(error))
+  # Not by jax.process_index(), which would start the devices, and wait for all peers to do so.
+  _post(distributed.global_state.process_id, _code(error), _shown(error))
 
 
 @contextlib.contextmanager
@@ -179,6 +176,11 @@ def failure_told() -> Iterator[None]:
     raise
 
 
+def _code(error):
+  """The exit code, as main.py has it."""
+  return 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
 def _shown(error):
   return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
@@ -189,10 +191,10 @@ def _is_of_a_peer(error):
   return isinstance(error, jax.errors.JaxRuntimeError) and re.search(words, str(error)) is not None
 
 
-def _post(process, code, reason):
-  said = json.dumps({"process": process, "code": code, "reason": reason[:2000], "host": socket.gethostname()})
+def _post(process, code, reason, host=None):
+  said = {"process": process, "code": code, "reason": reason[:2000], "host": host or socket.gethostname()}
   with contextlib.suppress(jax.errors.JaxRuntimeError):  # Said before, or the service is gone, which ends all anyway.
-    _store().key_value_set(f"bigjax/failed/{process}", said)
+    _store().key_value_set(f"bigjax/failed/{process}", json.dumps(said))
 
 
 class _Lookout:
@@ -221,8 +223,7 @@ class _Lookout:
     else:
       tell(error)
     self._linger()
-    code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-    atexit.register(_leave, code)  # Ahead of JAX's own, which waits for all peers.
+    atexit.register(_leave, _code(error))  # Ahead of JAX's own, which waits for all peers.
 
   def _run(self):
     store, me = _store(), self._peers.process
@@ -232,7 +233,7 @@ class _Lookout:
       if self._ended.wait(POLL):
         break
       try:
-        store.key_value_set(f"bigjax/alive/{me}", str(beat), allow_overwrite=True)
+        store.key_value_set(f"bigjax/alive/{me}", f"{beat} {socket.gethostname()}", allow_overwrite=True)
         if me == 0:
           self._listen_for_life(store, heard)
         failed = [json.loads(said) for _, said in store.key_value_dir_get("bigjax/failed")]
@@ -254,13 +255,13 @@ class _Lookout:
       if heard.get(key, ("", 0))[0] != beat:
         heard[key] = (beat, now)
       elif now - heard[key][1] > self._silence:
-        process = int(key.rpartition("/")[2])
-        _post(process, 1, f"nothing was heard of it for {self._silence:g} s: it was killed, or its host is gone")
+        reason = f"nothing was heard of it for {self._silence:g} s: it was killed, or its host is gone"
+        _post(int(key.rpartition("/")[2]), 1, reason, beat.partition(" ")[2])
 
   def _end(self, failed):
     """Ends this process, whatever its other threads wait for."""
     process = failed["process"]
-    reason = f"process {process} of {self._peers.processes} failed on {failed['host']}: {failed['reason']}"
+    reason = f"process {process} of {self._peers.processes} on {failed['host']} failed: {failed['reason']}"
     if process == self._peers.process:
       reason = f"{reason} (and did not end by itself)"
     print(f"bigjax: {reason}", file=sys.stderr, flush=True)

@@ -241,6 +241,12 @@ class Plan:
 
 
 def _batches(plan, ops, start_step, prefetch, threads):
+  pairing = [op.name for op in ops if op.name.rpartition(".")[2] in ("mixup", "cutmix")]
+  if pairing and len(plan.parts) > 1 and plan.batch_size // plan.hosts % 2:
+    raise UserError(
+      f"batch_size: {pairing[0]} mixes neighbours, and {plan.batch_size} in {plan.hosts} parts puts them on different "
+      f"hosts; choose a multiple of {2 * plan.hosts}."
+    )
   workers = threads or min(4, os.cpu_count() or 1)
   engine = _with_tensorflow if any(op.kind == "example" for op in ops) else _with_threads
   return Batches(engine(plan, ops, start_step, max(1, prefetch), workers))
