@@ -123,11 +123,11 @@ def collectives(run, text: str) -> list[dict[str, Any]]:
   from bigjax.plan import hlo, reasons
 
   intent = reasons.Intent.of(run)
-  found = []
-  for group in reading.by_line(reading.find(hlo.parse(text), run.mesh)):
-    verdicts = [reasons.judge(c, intent) for c in group]
-    for verdict in dict.fromkeys(verdicts):
-      same = [c for c, v in zip(group, verdicts, strict=True) if v == verdict]
+  every, found = reading.find(hlo.parse(text), run.mesh), []
+  verdicts = dict(zip(map(id, every), reasons.judge_all(every, intent), strict=True))
+  for group in reading.by_line(every):
+    for verdict in dict.fromkeys(verdicts[id(c)] for c in group):
+      same = [c for c in group if verdicts[id(c)] == verdict]
       one = same[0]
       found.append(
         {
@@ -222,7 +222,7 @@ def _aligned(lines, right=()):
   return [aligned[0], "-" * len(aligned[0]), *aligned[1:]]
 
 
-def _bytes(n: float) -> str:
+def _bytes(n: int | float) -> str:
   for unit in ("B", "KiB", "MiB"):
     if n < 1024:
       return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"

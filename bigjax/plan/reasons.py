@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +53,7 @@ class Intent:
   leaves: Mapping[str, Leaf]  # Of the whole state, by path.
   vocab: int | None  # The last dimension of the logits.
   optimizer: str
+  summed: int | None = None  # Elements of the largest partial product, which is as large as what goes between layers.
 
   @classmethod
   def of(cls, run: Any) -> Intent:
@@ -73,6 +74,15 @@ class Intent:
   def alike(self, array: hlo.Array, kind: str = "params/") -> list[Leaf]:
     """The leaves that an array may be, or be the gradient of: a layer of it, a part of it, transposed or not."""
     return [leaf for name, leaf in self.leaves.items() if name.startswith(kind) and _may_be(array.dims, leaf.shape)]
+
+
+def judge_all(collectives: Sequence[Collective], intent: Intent) -> list[Verdict]:
+  """Returns a verdict on each collective of a program."""
+  sums = [c for c in collectives if c.kind in SUMS and c.phase == "forward" and c.axes]
+  sums = [c for c in sums if frozenset(c.axes) <= _model(intent)]
+  sizes = [a.count * (c.parts if c.kind == "reduce-scatter" else 1) for c in sums for a in c.arrays]
+  intent = dataclasses.replace(intent, summed=max(sizes, default=0))
+  return [judge(c, intent) for c in collectives]
 
 
 def judge(collective: Collective, intent: Intent) -> Verdict:
@@ -202,6 +212,10 @@ def _tensor(c, over, intent):
   vocab = intent.vocab and over & intent.axes("vocab") and any(intent.vocab in a.dims for a in c.arrays)
   if c.kind == "all-gather" and vocab and intent.vocab >= SMALL:
     return Verdict(False, "whole logits on every device: the loss should work on parts of the vocabulary")
+  if c.kind == "all-gather" and intent.summed is not None and max(a.count for a in c.arrays) > intent.summed:
+    return Verdict(
+      False, "gathers what a layer splits, not what goes between layers: a parameter is split the other way"
+    )
   if c.kind == "all-gather":
     return Verdict(True, "activations for a product that is split over heads, hidden units or the vocabulary")
   return Verdict(True, "partial products over split heads, hidden units or vocabulary")
