@@ -1,9 +1,11 @@
 """Jobs for Slurm and GKE: rendered, read as those would read them, and the Slurm script really run."""
 
 import ast
+import math
 import os
 import pathlib
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -177,8 +179,7 @@ def test_a_tpu_job_has_a_pod_for_each_host_and_all_chips(flags, slices, hosts, c
   assert replicated["replicas"] == slices
   assert (job["completionMode"], job["parallelism"], job["completions"]) == ("Indexed", hosts, hosts)
   assert container["resources"]["limits"] == {"google.com/tpu": chips}
-  sides = [int(n) for n in topology.split("x")]
-  assert hosts * chips == eval("*".join(map(str, sides)))
+  assert hosts * chips == math.prod(int(n) for n in topology.split("x"))
   assert pod["nodeSelector"] == {
     "cloud.google.com/gke-tpu-accelerator": accelerator,
     "cloud.google.com/gke-tpu-topology": topology,
@@ -283,16 +284,13 @@ def test_what_cannot_be_rendered_is_refused_in_one_message(argv, told):
   assert result.returncode == 2 and told in result.stderr and result.stdout == "" and "Traceback" not in result.stderr
 
 
-def test_a_template_and_its_values_have_the_same_names():
-  sys.path.insert(0, str(RENDER.parent))
-  try:
-    import render as module
-  finally:
-    sys.path.remove(str(RENDER.parent))
-  assert module.fill("a {{b}}\n{{c}}\n", {"b": "{{c}}", "c": None}) == "a {{c}}\n"
+def test_a_template_and_its_values_have_the_same_names(monkeypatch):
+  monkeypatch.syspath_prepend(RENDER.parent)
+  fill = runpy.run_path(str(RENDER))["fill"]
+  assert fill("a {{b}}\n{{c}}\nd\n", {"b": "{{c}}", "c": None}) == "a {{c}}\nd\n"
   for values in ({"b": 1}, {"b": 1, "c": 2, "d": 3}):
     with pytest.raises(ValueError, match="no value for, or no use of: [cd]"):
-      module.fill("a {{b}}\n{{c}}\n", values)
+      fill("a {{b}}\n{{c}}\n", values)
 
 
 def test_the_image_is_made_of_files_that_exist():
