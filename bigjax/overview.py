@@ -165,7 +165,7 @@ def collectives_table(rows: list[dict[str, Any]]) -> str:
     _bytes(r["total"]),
     r["pass"],
     _place(r["lines"]),
-    r["why"] + (f": {r['leaf'].removeprefix('params/')}" if r["leaf"] else ""),
+    r["why"] + (f": {r['leaf'].removeprefix('params/')}" if r["leaf"] and r["leaf"] not in r["why"] else ""),
   )
   large = [r for r in rows if r["bytes"] > SMALL or not r["expected"]]
   small = [r for r in rows if r not in large]

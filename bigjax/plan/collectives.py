@@ -331,9 +331,13 @@ def _cause(module, computation, *candidates) -> dict[str, Any]:
     near += _neighbours(module, place, [i for i in near if i.name in place.instructions])
     near += [call for _, call in module.callers.get(place.name, ())]
   op_names = [i.op_name for i in near if "/" in i.op_name]
+  # Several sums made into one have the name of one of them.
+  first = near[0]
+  together = [computation.instructions[o].op_name for o in first.operands if o in computation.instructions]
+  phases = [phase(name) for name in (*op_names[:1], *(together if len(together) > 1 else ())) if "/" in name]
   return {
     "op_name": next((i.op_name for i in near if i.op_name), ""),
-    "phase": phase(op_names[0] if op_names else ""),
+    "phase": next((p for p in ("backward", "recompute", "forward") if p in phases), "update"),
     "stack": next(filter(None, map(module.stack, near)), ()),
   }
 

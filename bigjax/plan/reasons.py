@@ -81,7 +81,8 @@ def judge_all(collectives: Sequence[Collective], intent: Intent) -> list[Verdict
   sums = [c for c in collectives if c.kind in SUMS and c.phase == "forward" and c.axes]
   sums = [c for c in sums if frozenset(c.axes) <= _model(intent)]
   sizes = [a.count * (c.parts if c.kind == "reduce-scatter" else 1) for c in sums for a in c.arrays]
-  intent = dataclasses.replace(intent, summed=max(sizes, default=0))
+  largest = max(sizes, default=0) * intent.layout.microbatches  # Outside of a pipeline a batch is whole.
+  intent = dataclasses.replace(intent, summed=largest)
   return [judge(c, intent) for c in collectives]
 
 
