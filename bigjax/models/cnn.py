@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray
 from bigjax.errors import UserError
 from bigjax.models import layers
 
+TENSOR = ((r"(convs|dense)/\d+/kernel", -1),)  # Output channels, output features.
+
 
 @nnx.dataclass(eq=False, kw_only=True)
 class CNN(nnx.Module):

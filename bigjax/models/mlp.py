@@ -7,6 +7,12 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from bigjax.models import layers
 
+# In turn: the columns of a layer, then the rows of the next, so that every second product needs no exchange.
+TENSOR = (
+  (r"hidden/\d*[02468]/(kernel|bias)", -1),
+  (r"hidden/\d*[13579]/kernel", -2),
+)
+
 
 @nnx.dataclass(eq=False, kw_only=True)
 class MLP(nnx.Module):

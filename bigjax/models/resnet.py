@@ -73,6 +73,9 @@ class ResidualBlock(nnx.Module):
     return jax.nn.relu(x + skip).astype(self.dtype)
 
 
+TENSOR = ((r"stages/.*(convs/\d+|project)/kernel", -1),)  # Output channels.
+
+
 @nnx.dataclass(eq=False, kw_only=True)
 class ResNet(nnx.Module):
   """Stem -> stages of residual blocks, each half as large and twice as wide -> mean over pixels -> head."""
