@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 from jax._src import distributed
@@ -59,7 +60,7 @@ def joined(
     return
   lookout = _Lookout(peers, min(SILENCE, args.peer_timeout), note)
   try:
-    _check_same(peers, same, args.peer_timeout)
+    _check_same(peers, same)
     _check_shared(peers, workdir, args.peer_timeout)
     yield peers
     _store().wait_at_barrier("bigjax/done", 3_600_000)  # Process 0 has the report to write; a failure ends this sooner.
@@ -112,12 +113,23 @@ def _store():
   return distributed.global_state.client
 
 
-def _check_same(peers, same, timeout):
+_agreements = itertools.count()  # Every process comes to the same ones in the same order.
+
+
+def agreed(value: Any) -> Any:
+  """Returns what process 0 gives, such as the checkpoint to go on from; anything JSON has. Not for the hot loop."""
+  store = _store()
+  if store is None:
+    return value
+  name = f"bigjax/agreed/{next(_agreements)}"
+  if distributed.global_state.process_id == 0:
+    store.key_value_set(name, json.dumps(value))
+  return json.loads(store.blocking_key_value_get(name, 600_000))
+
+
+def _check_same(peers, same):
   """Refuses processes that would compute something else than process 0."""
-  store, name = _store(), "bigjax/same"
-  if peers.process == 0:
-    store.key_value_set(name, json.dumps(dict(same)))
-  first = json.loads(store.blocking_key_value_get(name, int(1000 * timeout)))
+  first = agreed(dict(same))
   if differing := [what for what in same if first.get(what) != same[what]]:
     raise UserError(
       f"process {peers.process} on {socket.gethostname()} has another {' and another '.join(differing)} than process "
@@ -127,17 +139,14 @@ def _check_same(peers, same, timeout):
 
 def _check_shared(peers, workdir, timeout):
   """Refuses a workdir that is another directory on another host."""
-  store, name = _store(), "bigjax/workdir"
+  token = os.path.join(workdir, agreed(f".hosts-{secrets.token_hex(8)}"))
   if peers.process == 0:
-    token = f".hosts-{secrets.token_hex(8)}"
     try:
       os.makedirs(workdir, exist_ok=True)
-      with open(os.path.join(workdir, token), "x"):
+      with open(token, "x"):
         pass
     except OSError as e:
       raise UserError(f"--workdir={workdir} can't be written: {e.strerror}.") from e
-    store.key_value_set(name, token)
-  token = os.path.join(workdir, store.blocking_key_value_get(name, int(1000 * timeout)))
   deadline = time.monotonic() + 10  # A network's file system may be slow to show what is new.
   while not (there := os.path.exists(token)) and time.monotonic() < deadline:
     time.sleep(0.2)
@@ -149,7 +158,7 @@ def _check_shared(peers, workdir, timeout):
         f"--workdir={workdir} on {socket.gethostname()} (process {peers.process}) is not the directory that process 0 "
         "writes to; name one that all hosts share."
       )
-    store.wait_at_barrier("bigjax/workdir", int(1000 * timeout))
+    _store().wait_at_barrier("bigjax/workdir", int(1000 * timeout))
   finally:
     if peers.process == 0:
       os.remove(token)

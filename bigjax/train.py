@@ -115,10 +115,10 @@ def evaluate(config: TrainConfig, workdir: str, step: int | None = None) -> tupl
   """Measures the last checkpoint in `workdir`, or that of `step`, by all of the config's evaluators, on any mesh."""
   run = build(config)
   with jax.set_mesh(run.mesh), Checkpoints(workdir, read_only=True) as checkpoints:
-    found = checkpoints.restore(run.abstract, run.shardings, step)
-    if found is None:
+    step = hosts.agreed(max(checkpoints.steps(), default=None)) if step is None else step
+    if step is None:
       raise UserError(f"--workdir={workdir} has no checkpoint yet.")
-    state, _ = found
+    state, _ = checkpoints.restore(run.abstract, run.shardings, step)
     results = {}
     for name, e in config.evals.items():
       results |= Evaluation.of(run, name, e).run(state)
@@ -127,9 +127,10 @@ def evaluate(config: TrainConfig, workdir: str, step: int | None = None) -> tupl
 
 def start(run: Experiment, checkpoints: Checkpoints) -> tuple[states.TrainState, Mapping[str, Any]]:
   """Returns the state to go on from, and what the loop remembered: the last checkpoint's, or a fresh one."""
-  found = checkpoints.restore(run.abstract, run.shardings)
-  if found is not None:
-    return found
+  # A network's file system may show one host less than another.
+  last = hosts.agreed(max(checkpoints.steps(), default=None))
+  if last is not None:
+    return checkpoints.restore(run.abstract, run.shardings, last)
   state = run.init(jax.random.key(run.config.seed))
   return initialise.from_config(run, state), {}
 
@@ -169,7 +170,7 @@ def make_step(run: Experiment):
     again = lambda params, _=None: mean_and_grads(params, state.extras, batch, key, scale)[0]
     updates, opt_state = tx.update(grads, state.opt_state, state.params, value=means["loss"], grad_fn=again)
     params = optax.apply_updates(state.params, updates)
-    extras = optimizer.unless_skipped(opt_state, extras, state.extras)
+    extras = optimizer.unless_skipped(opt_state, run.model.settled(params, extras), state.extras)
     rates = {f"learning_rate{name}": rate for name, rate in optimizer.rates(opt_state, state.step).items()}
     norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
     measured = means | rates | norms | optimizer.measures(opt_state)

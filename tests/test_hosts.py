@@ -174,8 +174,7 @@ def test_sigterm_to_one_stops_all_at_one_step_and_another_number_of_processes_go
   assert train.train(resolved(config, *flags), str(parts)) == "finished"
   a, b = rows(whole), rows(parts)
   assert [r["step"] for r in a] == [r["step"] for r in b]
-  # Differences in the last bit grow with the steps.
-  np.testing.assert_allclose([r["loss"] for r in a if "loss" in r], [r["loss"] for r in b if "loss" in r], rtol=1e-3)
+  np.testing.assert_allclose([r.get("loss", 0) for r in a], [r.get("loss", 0) for r in b], rtol=2e-5)
 
 
 def test_who_does_not_come_is_named_to_all_who_did(config, tmp_path):
