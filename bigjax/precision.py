@@ -278,4 +278,4 @@ def refuse_overflow(step: int, measured: Mapping[str, Any]) -> bool:
       f"loss (now {measured['loss_scale']:g}). So the scale is not what is wrong: try a lower peak of config.schedule, "
       "config.clip or config.precision='mixed'; the last checkpoint is intact."
     )
-  return in_a_row > 0
+  return bool(in_a_row > 0)
