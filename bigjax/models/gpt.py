@@ -5,13 +5,12 @@ https://cdn.openai.com/better-language-models/language_models_are_unsupervised_m
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from bigjax import sharding
 from bigjax.errors import UserError
-from bigjax.models import layers
+from bigjax.models import layers, ring
 
 # Table 2 of the paper.
 VARIANTS = {
@@ -40,17 +39,28 @@ class GPT(nnx.Module):
   dtype: Any
 
   def hidden(
-    self, tokens: Int[Array, "batch seq"], *, key: PRNGKeyArray | None = None, train: bool = False
+    self,
+    tokens: Int[Array, "batch seq"],
+    *,
+    segments: Int[Array, "batch seq"] | None = None,
+    positions: Int[Array, "batch seq"] | None = None,
+    key: PRNGKeyArray | None = None,
+    train: bool = False,
   ) -> tuple[Float[Array, "batch seq width"], dict[str, Array]]:
-    """Returns the normalised output of the last block, which `unembed` turns into logits, and no penalties."""
+    """Returns the normalised output of the last block, which `unembed` turns into logits, and no penalties.
+
+    Documents packed in a row have `segments`, which don't see each other, and `positions` of their own.
+    """
     seq, context = tokens.shape[1], self.position_embed.num_embeddings
     if seq > context:
       raise UserError(f"model.context: {context} positions are too few for sequences of {seq} tokens. Raise it.")
     embed_key, stack_key = layers.subkeys(layers.training_key(key, train, self.dropout), 2)
-    x = self.token_embed(tokens) + self.position_embed(jnp.arange(seq)[None])
+    positions = ring.positions(seq)[None] if positions is None else ring.balance(positions)
+    x = self.token_embed(ring.balance(tokens)) + self.position_embed(positions)
     x = sharding.constrain(layers.dropout(x, self.dropout, embed_key), "batch", "seq", "embed")
-    x, _ = layers.run_stack(self.blocks, x, key=stack_key, remat=self.remat)
-    return self.norm(x).astype(self.dtype), {}
+    packed = {} if segments is None else {"segments": ring.balance(segments)}
+    x, _ = layers.run_stack(self.blocks, x, key=stack_key, remat=self.remat, **packed)
+    return ring.unbalance(self.norm(x).astype(self.dtype)), {}
 
   def unembed(self, hidden: Float[Array, "batch seq width"]) -> Float32[Array, "batch seq vocab"]:
     """Returns the logits of the next token; the kernel is the embedding of the tokens unless `tied` is off."""
@@ -58,9 +68,16 @@ class GPT(nnx.Module):
     return layers.unembed(hidden, embed.embedding[...].astype(self.dtype))
 
   def __call__(
-    self, tokens: Int[Array, "batch seq"], *, key: PRNGKeyArray | None = None, train: bool = False
+    self,
+    tokens: Int[Array, "batch seq"],
+    *,
+    segments: Int[Array, "batch seq"] | None = None,
+    positions: Int[Array, "batch seq"] | None = None,
+    key: PRNGKeyArray | None = None,
+    train: bool = False,
   ) -> Float32[Array, "batch seq vocab"]:
-    return self.unembed(self.hidden(tokens, key=key, train=train)[0])
+    hidden, _ = self.hidden(tokens, segments=segments, positions=positions, key=key, train=train)
+    return self.unembed(hidden)
 
 
 def make(

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bigjax import sharding
 from bigjax.errors import UserError, suggest
 from bigjax.models import pipeline
+from bigjax.models.attention import attend
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -189,29 +190,6 @@ class Dense(nnx.Linear):
     return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
-def attend(
-  query: Float[Array, "batch heads query dim"],
-  key: Float[Array, "batch heads seq dim"],
-  value: Float[Array, "batch heads seq dim"],
-  *,
-  causal: bool = False,
-  dropout_rate: float = 0.0,
-  dropout_key: PRNGKeyArray | None = None,
-) -> Float[Array, "batch heads query dim"]:
-  """Softmax attention, https://arxiv.org/abs/1706.03762; scores and softmax in float32.
-
-  What is divided by the softmax's sum is the result and not each weight: 4% of a GPT's training step on a CPU.
-  """
-  query = query * query.shape[-1] ** -0.5
-  scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
-  if causal:
-    scores = jnp.where(jnp.tril(jnp.ones((1, 1, *scores.shape[-2:]), bool)), scores, -1e30)
-  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-  dropped = dropout(weights, dropout_rate, dropout_key).astype(value.dtype)
-  out = jnp.einsum("bhqk,bhkd->bhqd", dropped, value, preferred_element_type=jnp.float32)
-  return (out / weights.sum(axis=-1, keepdims=True)).astype(value.dtype)
-
-
 def unembed(
   hidden: Float[Array, "batch seq width"], embedding: Float[Array, "vocab width"]
 ) -> Float[Array, "batch seq vocab"]:
@@ -247,11 +225,14 @@ class SelfAttention(nnx.Module):
     self.qkv = Dense(width, 3 * width, use_bias=bias, kernel_init=init.qkv, dtype=dtype, rngs=rngs)
     self.out = Dense(width, width, use_bias=bias, kernel_init=init.out, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x: Float[Array, "batch seq width"], *, key: PRNGKeyArray | None = None) -> Array:
-    qkv = checkpoint_name(self.qkv(x), "qkv").reshape(*x.shape[:2], self.heads, 3, -1).transpose(3, 0, 2, 1, 4)
-    qkv = [sharding.constrain(part, "batch", "heads", "seq", None) for part in qkv]
-    out = attend(*qkv, causal=self.causal, dropout_rate=self.dropout, dropout_key=key)
-    return self.out(checkpoint_name(out.transpose(0, 2, 1, 3).reshape(x.shape), "attention"))
+  def __call__(
+    self, x: Float[Array, "batch seq width"], *, key: PRNGKeyArray | None = None, segments: Array | None = None
+  ) -> Array:
+    qkv = checkpoint_name(self.qkv(x), "qkv").reshape(*x.shape[:2], self.heads, 3, -1)
+    query, key_, value = (sharding.constrain(qkv[:, :, :, i], "batch", "seq", "heads", None) for i in range(3))
+    how = dict(causal=self.causal, balanced=self.causal, segments=segments)
+    out = attend(query, key_, value, dropout_rate=self.dropout, dropout_key=key, **how)
+    return self.out(checkpoint_name(out.reshape(x.shape), "attention"))
 
 
 class Mlp(nnx.Module):
@@ -298,7 +279,12 @@ class Block(nnx.Module):
     self.mlp = Mlp(width, mlp_dim, activation=activation, dropout=mlp_dropout, **dense)
 
   def __call__(
-    self, x: Float[Array, "batch seq width"], *, key: PRNGKeyArray | None = None, drop_rate: Array | None = None
+    self,
+    x: Float[Array, "batch seq width"],
+    *,
+    key: PRNGKeyArray | None = None,
+    drop_rate: Array | None = None,
+    segments: Int[Array, "batch seq"] | None = None,
   ) -> tuple[Array, dict[str, Array]]:
     keys = subkeys(key, 6)
 
@@ -306,7 +292,7 @@ class Block(nnx.Module):
       x = x + drop_path(dropout(branch, self.dropout, dropout_key), drop_rate, path_key)
       return sharding.constrain(x, "batch", "seq", "embed")
 
-    x = residual(x, self.attn(self.norm1(x), key=keys[0]), keys[1], keys[2])
+    x = residual(x, self.attn(self.norm1(x), key=keys[0], segments=segments), keys[1], keys[2])
     return residual(x, self.mlp(self.norm2(x), key=keys[3]), keys[4], keys[5]), {}
 
 

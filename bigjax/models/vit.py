@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray
 from bigjax import sharding
 from bigjax.errors import UserError
 from bigjax.models import layers
+from bigjax.models.attention import attend
 
 # B, L, H: table 1 of the paper. Ti, S: https://arxiv.org/abs/2012.12877. g, G: https://arxiv.org/abs/2106.04560.
 # So400m: https://arxiv.org/abs/2305.13035. e: https://arxiv.org/abs/2209.06794. M: as big_vision has it.
@@ -58,11 +59,11 @@ class AttentionPool(nnx.Module):
     batch, _, width = x.shape
 
     def split_heads(x):
-      return x.reshape(*x.shape[:2], self.heads, width // self.heads).transpose(0, 2, 1, 3)
+      return x.reshape(*x.shape[:2], self.heads, width // self.heads)
 
     query = split_heads(self.query(self.probe[...])[None])
     query = jnp.broadcast_to(query, (batch, *query.shape[1:]))
-    out = layers.attend(query, split_heads(self.key(x)), split_heads(self.value(x)))
+    out = attend(query, split_heads(self.key(x)), split_heads(self.value(x)))
     out = self.out(out.reshape(batch, width))
     return out + self.mlp(self.norm(out))
 

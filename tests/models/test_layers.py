@@ -1,4 +1,4 @@
-"""Attention, dropping and the stack of blocks against NumPy and hand counts."""
+"""Dropping and the stack of blocks against NumPy and hand counts."""
 
 import functools
 import math
@@ -11,19 +11,6 @@ from flax import nnx
 
 from bigjax.errors import UserError
 from bigjax.models import layers
-
-
-def test_attention_is_the_softmax_average_of_the_values():
-  rng = np.random.default_rng(0)
-  query, key, value = rng.normal(size=(3, 2, 3, 5, 4)).astype(np.float32)
-  for causal in (False, True):
-    scores = query @ key.swapaxes(-1, -2) / 2.0
-    if causal:
-      scores[..., ~np.tri(5, dtype=bool)] = -np.inf
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    found = layers.attend(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), causal=causal)
-    np.testing.assert_allclose(found, weights @ value, atol=1e-5)
 
 
 def test_dropout_zeroes_at_its_rate_and_keeps_the_mean():
