@@ -1,13 +1,15 @@
 """Saving and restoring a state with Orbax: in the background, atomically, onto any layout.
 
 Nothing else in the package knows Orbax. A checkpoint is the state (step, params, extras, opt_state by name) and a small
-JSON of what the loop itself remembers (best metric so far). It is complete or it is not there.
+JSON of what the loop itself remembers (best metric so far). It is complete or it is not there. It says nothing of the
+devices it was saved from, and the layers of a deep model may be stacked in it or not: see stacks.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +18,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from bigjax import paths
+from bigjax import paths, stacks
 from bigjax.errors import UserError
 
 policies = ocp.checkpoint_managers
+
+CHUNK = 64 * 2**20  # Bytes of a leaf that are read as one: else a device reads all that another one has written.
+AT_ONCE = 512 * 10**6  # Bytes under way from disk to devices, of each process.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,11 +74,16 @@ class Checkpoints:
       return
     best = {"best": -np.inf if metric is None else self._sign * metric, "of": self._of}
     metrics = best if self._keep.best else None
-    args = ocp.args.Composite(state=ocp.args.StandardSave(_by_name(state)), loop=ocp.args.JsonSave(dict(loop)))
+    tree = _by_name(state)
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), tree)
+    args = ocp.args.Composite(state=ocp.args.StandardSave(tree, chunks), loop=ocp.args.JsonSave(dict(loop)))
     self._manager.save(step, args=args, metrics=metrics, force=True)
 
   def restore(self, abstract, shardings, step: int | None = None):
     """Returns (state, loop) of the last checkpoint or of `step`, laid out as `shardings`; None where there is none.
+
+    Each device reads what it is to hold, a bounded part at a time; layers in another form than wanted take one leaf
+    more.
 
     Raises:
       UserError: The checkpoint's leaves are not those of `abstract`; the message shows the difference.
@@ -83,12 +93,20 @@ class Checkpoints:
     if step is None:
       return None
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    self._compare(step, abstract)
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(_by_name(target)), loop=ocp.args.JsonRestore())
+    there = {n: jax.ShapeDtypeStruct(tuple(m.shape), np.dtype(m.dtype)) for n, m in _named(self._tree(step))}
+    wanted = dict(_named(target))
+    conversions = stacks.conversions(there, wanted)
+    self._compare(step, there, wanted, conversions)
     with self._damage_said(step):
-      restored = self._manager.restore(step, args=args)
-    leaves = dict(_named(restored.state))
-    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[n] for n in paths.names(abstract)]), restored.loop
+      loop = self._manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore())).loop
+    made = {n for c in conversions for n in c.targets}
+    leaves = self._load(step, {n: x for n, x in wanted.items() if n not in made})
+    for group in _groups(conversions, there):
+      sources = self._load(step, {n: x for c in group for n, x in stacks.sources(c, there, wanted).items()})
+      for c in group:
+        made = stacks.convert(c, [sources.pop(n) for n in c.sources], [wanted[n] for n in c.targets])
+        leaves |= zip(c.targets, jax.block_until_ready(made), strict=True)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[n] for n in wanted]), loop
 
   def read(self, step: int | None = None) -> dict[str, np.ndarray]:
     """Returns every leaf of a checkpoint by its path, on the host."""
@@ -139,10 +157,22 @@ class Checkpoints:
         f"go on from an earlier one; there are those of steps {', '.join(map(str, self.steps()))}."
       ) from e
 
-  def _compare(self, step, abstract):
-    """Restoring is strict: every leaf there, none over, shapes and types equal."""
-    there = {n: (tuple(m.shape), np.dtype(m.dtype)) for n, m in _named(self._tree(step))}
-    wanted = {n: (tuple(x.shape), np.dtype(x.dtype)) for n, x in _named(_by_name(abstract))}
+  def _load(self, step, leaves):
+    """Returns some leaves by name, read in the shapes and layouts given."""
+    if not leaves:
+      return {}
+    tree = _nested(leaves)
+    limit = max(AT_ONCE, 2 * max(map(_size, leaves.values())))  # A leaf has to fit.
+    restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+    args = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=limit / 10**9)
+    with self._damage_said(step), ocp.Checkpointer(handler) as reader:
+      return dict(_named(reader.restore(os.path.join(self._step_dir(step), "state"), args=args)))
+
+  def _compare(self, step, there, wanted, conversions):
+    """Restoring is strict: every leaf there, none over, shapes and types equal, but for layers stacked otherwise."""
+    done = {n for c in conversions for n in (*c.sources, *c.targets)}
+    there, wanted = ({n: (x.shape, np.dtype(x.dtype)) for n, x in t.items() if n not in done} for t in (there, wanted))
     show = lambda leaf: f"{leaf[1]}{list(leaf[0])}"
     lines = [f"  - {n}  {show(there[n])}  in the checkpoint only" for n in there if n not in wanted]
     lines += [f"  + {n}  {show(wanted[n])}  in this config only" for n in wanted if n not in there]
@@ -161,10 +191,31 @@ class Checkpoints:
       )
 
 
+def _groups(conversions, there):
+  """Parts of the list that read about as many bytes as may be under way, or a single conversion that reads more."""
+  group, size = [], 0
+  for c in conversions:
+    more = sum(_size(there[n]) for n in c.sources) / jax.process_count()
+    if group and size + more > AT_ONCE // 2:
+      yield group
+      group, size = [], 0
+    group, size = [*group, c], size + more
+  if group:
+    yield group
+
+
+def _size(leaf):
+  return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
 def _by_name(state) -> dict[str, Any]:
   """The state as nested dicts by name: what a checkpoint holds, whatever Python classes it was made of."""
+  return _nested(dict(_named(state)))
+
+
+def _nested(leaves):
   root: dict[str, Any] = {}
-  for name, leaf in _named(state):
+  for name, leaf in leaves.items():
     *parents, last = name.split("/")
     node = root
     for part in parents:
