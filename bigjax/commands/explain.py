@@ -7,6 +7,7 @@ import contextlib
 import json
 
 from bigjax import config as configs
+from bigjax.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -18,9 +19,19 @@ def main(argv: list[str]) -> int:
     action="store_true",
     help="compile the step as train would, and list each collective: mesh axis, bytes, the line that caused it",
   )
+  parser.add_argument(
+    "--topology", metavar="CHIP:SHAPE", help="lay it out on TPUs that need not be there, such as v5p:4x4x8"
+  )
+  parser.add_argument("--num_slices", type=int, default=1, help="of this topology, joined by the data center's network")
   parser.add_argument("--json", action="store_true", help="print JSON")
   args, overrides = parser.parse_known_args(argv)
   config = configs.read(args.config, overrides)
+  if args.devices and args.topology:
+    raise UserError("--devices and --topology: name one of them.")
+  if args.topology:
+    from bigjax.plan import topology
+
+    topology.environment()
   if args.devices:
     import jax
 
@@ -28,7 +39,9 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_num_cpu_devices", args.devices)
   from bigjax import experiment, overview
 
-  run = experiment.build(configs.resolve(config, experiment.TrainConfig))
+  resolved = configs.resolve(config, experiment.TrainConfig)
+  elsewhere = [topology.devices(args.topology, args.num_slices)] if args.topology else []
+  run = experiment.build(resolved, *elsewhere)
   batch = {k: f"{v.dtype}{list(v.shape)}" for k, v in run.batch.items()}
   sent = overview.collectives(run, compiled_text(run)) if args.compiled else None
   pipeline = overview.pipeline(run)

@@ -28,7 +28,7 @@ KINDS = (
 )
 # What keeps a device busy while an asynchronous collective is under way.
 _WORK = frozenset(("fusion", "dot", "convolution", "custom-call", "while", "call", "conditional", "scatter", "sort"))
-_NOT_OWN = re.compile(r"site-packages|dist-packages|lib/python\d|bigjax/sharding\.py$")
+_NOT_OWN = re.compile(r"^<|site-packages|dist-packages|lib/python\d|bigjax/sharding\.py$")
 _ACROSS_SLICES = {"ONE_TO_ONE": "collective-permute", "P2P": "collective-permute"}
 
 

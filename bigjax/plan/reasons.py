@@ -120,7 +120,9 @@ def _of_the_state(c, over, intent):
       return Verdict(True, "the tokens, before they are split")
     return Verdict(False, f"gathers {c.origin}: every device reads examples of the others")
   if leaf is None:
-    whole = all(any(_gathered(a, leaf, over, intent) for leaf in intent.alike(a)) for a in c.arrays if a.bytes > SMALL)
+    rows = re.search(r"_take|gather|dynamic_slice", c.op_name) is not None  # Of a table, looked up and then gathered.
+    large = [a for a in c.arrays if a.bytes > SMALL]
+    whole = all(any(_gathered(a, leaf, over, intent, rows) for leaf in intent.alike(a)) for a in large)
     return (
       Verdict(True, "parameters, gathered for use (FSDP)")
       if whole and c.phase != "update" and not over & _model(intent)
@@ -134,6 +136,8 @@ def _of_the_state(c, over, intent):
     return Verdict(False, f"gathers the experts of {name}: tokens should go to them instead")
   if over & _model(intent):
     return Verdict(False, f"{name} is split over {_words(over & _model(intent))}, but its product wants it whole")
+  if c.slow:
+    return Verdict(False, f"gathers {name} across slices for every use; hsdp keeps that within a slice")
   return Verdict(True, "parameters, gathered for use (FSDP)")
 
 
@@ -141,6 +145,8 @@ def _gradients(c, over, intent):
   """Reductions, in the backward pass, of what is shaped like parameters."""
   if c.phase not in ("backward", "update") or c.kind not in SUMS:
     return None
+  if c.slow and over <= intent.axes("batch"):  # Between slices arrays travel flat.
+    return Verdict(True, "gradients, summed over the slices")
   large = [a for a in c.arrays if a.bytes > SMALL]
   if not all(intent.alike(a) for a in large):
     return None
@@ -252,11 +258,11 @@ def _words(axes) -> str:
   return " and ".join(sorted(axes, key=lambda a: sharding.AXES.index(a) if a in sharding.AXES else 99))
 
 
-def _gathered(array, leaf, over, intent) -> bool:
-  """Whether an array is as large as a leaf, or a layer of it, gathered over some of its axes."""
+def _gathered(array, leaf, over, intent, rows) -> bool:
+  """Whether an array is as large as a leaf, a layer, or some rows of it, gathered over some of its axes."""
   whole = math.prod(leaf.part) * math.prod(intent.layout.mesh.shape[a] for a in over)
   layers = itertools.accumulate(leaf.part[:2], int.__mul__, initial=1)
-  return over <= leaf.axes and any(array.count * n == whole for n in layers)
+  return over <= leaf.axes and (any(array.count * n == whole for n in layers) or (rows and array.count < whole))
 
 
 def _may_be(dims, shape) -> bool:

@@ -56,9 +56,9 @@ def test_data_parallel_sends_each_gradient_once(config, capsys):
 @pytest.mark.parametrize(
   ("mesh", "strategy"),
   [
-    ("[('data', 8)]", "fsdp"),
+    pytest.param("[('data', 8)]", "fsdp", marks=pytest.mark.slow),
     ("[('replica', 2), ('data', 4)]", "hsdp"),
-    ("[('data', 2), ('tensor', 4)]", "tensor"),
+    pytest.param("[('data', 2), ('tensor', 4)]", "tensor", marks=pytest.mark.slow),
     ("[('data', 4), ('tensor', 2)]", "fsdp+tensor"),
   ],
 )

@@ -266,6 +266,14 @@ def test_a_parameter_is_gathered_over_what_fsdp_splits_and_over_nothing_else(mes
   assert "its product wants it whole" in verdict("tensor", "tensor").why
 
 
+def test_gathering_parameters_across_slices_is_flagged_and_summing_gradients_is_not(mesh):
+  meant = intent(mesh, [("0", (4, 1024, 4096), None, "data", "tensor"), ("1", (4, 4096, 1024), None, "tensor", "data")])
+  for c in tpu("v5e_two_slices.hlo"):
+    verdict = reasons.judge(c, meant)
+    assert verdict.expected == (c.kind != "all-gather")
+    assert verdict.expected or "across slices for every use" in verdict.why
+
+
 def judged(kind, axes, dims, mesh, *, phase="forward", op_name="jit(step)/jvp()/dot_general", origin="", **kwargs):
   c = collectives.Collective(
     name="c",
