@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -145,7 +145,7 @@ class TrainConfig:
 
   # Where it runs.
   mesh: tuple[tuple[str, int], ...] = (("data", -1),)  # Axes, outermost first; -1 is what is left.
-  sharding: str | tuple[tuple[Regex, str], ...] = "replicated"  # "fsdp+tensor", or rules: see bigjax/sharding.py.
+  sharding: str | tuple[tuple[Regex, str], ...] = "auto"  # "fsdp+tensor", or rules: see bigjax/sharding.py.
   activations: Mapping[str, str | tuple[str, ...] | None] = dataclasses.field(default_factory=dict)  # Word: axes.
   sequence: Literal["ring", "ulysses"] = "ring"  # How attention works where the mesh splits sequences.
   pipeline: PipelineConfig = PipelineConfig()
@@ -258,9 +258,12 @@ class Experiment:
     return checkpoint.Keep(last=keep.last, every=every, best=keep.best, mode=keep.mode)
 
 
-def build(config: TrainConfig) -> Experiment:
-  """Returns the experiment that `config` describes; raises `UserError` for what can't work, before any device does."""
-  layout = _layout(config)
+def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Experiment:
+  """Returns the experiment that `config` describes; raises `UserError` for what can't work, before any device does.
+
+  It is laid out on all devices there are, or on `devices`.
+  """
+  layout = _layout(config, devices)
   _check_sizes(config, layout.mesh)
   Watch.of(config.keep, config.early_stop, config.evals, {})  # Refuses metrics that no evaluator gives.
   _check_claim(config)
@@ -296,8 +299,8 @@ def build(config: TrainConfig) -> Experiment:
   return Experiment(config, layout, data, batch, clock, model, task, optimizer, outputs, abstract, shardings, division)
 
 
-def _layout(config):
-  mesh = sharding.make_mesh(config.mesh)
+def _layout(config, devices):
+  mesh = sharding.make_mesh(config.mesh, devices)
   stages = mesh.shape.get("pipe", 1)
   if config.pipeline.repeats < 1 or (config.pipeline.microbatches or 1) < 1:
     raise UserError(f"config.pipeline: microbatches and repeats must be positive, not {config.pipeline}.")

@@ -16,7 +16,7 @@ SMALL = 1024  # Bytes of a collective that is not worth a line.
 def rows(run) -> list[dict[str, Any]]:
   """One row a leaf of the state: path, shape, dtype, count, rule, spec, bytes and bytes a device."""
   names = paths.names(run.abstract)
-  given = sharding.as_rules(run.config.sharding)
+  given = sharding.as_rules(run.config.sharding, run.abstract, run.mesh)
   rules = paths.first_match([r[0] for r in given], names, "config.sharding")
   leaves, layouts = jax.tree.leaves(run.abstract), jax.tree.leaves(run.shardings)
   return [

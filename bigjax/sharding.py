@@ -3,7 +3,8 @@
 The model says nothing about devices. A rule is `(regex, strategy)`; the first whose regex matches a leaf's whole path
 decides, for parameters, optimizer moments (their path ends in the parameter's) and everything else in the state alike.
 A strategy is one or more words joined by "+", such as "fsdp+tensor"; one string instead of a list of rules is that
-strategy for every leaf. Dimensions count from the right, so a stack of scanned layers needs no rule of its own.
+strategy for every leaf, and "auto" what the mesh and the size of the state suggest. Dimensions count from the right,
+so a stack of scanned layers needs no rule of its own.
 
 Inside the step, a model names the axes of an activation in words, `constrain(x, "batch", "seq", "embed")`; `Layout`
 maps words to axes of the mesh. Without a mesh every word is the identity.
@@ -17,6 +18,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -41,6 +43,7 @@ WORDS = {
 }
 
 ACCIDENT = 64 * 2**20  # Bytes of a leaf that nobody means to have whole on every device.
+ROOM = 2**30  # Bytes of state that every device may as well have.
 
 Rule = tuple[str, str]
 
@@ -48,7 +51,7 @@ Rule = tuple[str, str]
 # The mesh
 
 
-def make_mesh(axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(axes: Sequence[tuple[str, int]], devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
   """Returns the mesh of `[("data", -1), ("tensor", 2)]`: at most one size is -1, which takes the devices left.
 
   Slices of a multi-slice job, which a slower network joins, lie along the outermost axes.
@@ -134,7 +137,7 @@ class Leaf:
   roles: Mapping[str, int]  # The dimension, from the right, that "tensor" or "expert" splits, as the model has it.
 
 
-def _replicate(leaf, mesh, taken):
+def _replicated(leaf, mesh, taken):
   """A whole copy on every device."""
   return {}
 
@@ -208,8 +211,7 @@ def _by_role(leaf, mesh, axis):
 
 # In this order, whatever the order they are named in: fsdp takes what the others leave.
 STRATEGIES = {
-  "replicate": _replicate,
-  "replicated": _replicate,
+  "replicated": _replicated,
   "pipe": _pipe,
   "expert": _expert,
   "tensor": _tensor,
@@ -233,7 +235,7 @@ def shard_tree(abstract, rules: Sequence[Rule] | str, mesh, *, roles: Mapping[st
     UserError: A leaf without rule, a rule without leaf, a size that an axis does not divide, an axis that is not there,
       or a large leaf that its strategy means to split but can't.
   """
-  rules = as_rules(rules)
+  rules = as_rules(rules, abstract, mesh)
   names = paths.names(abstract)
   chosen = paths.first_match([r[0] for r in rules], names, "config.sharding")
   describe = _describer(abstract, roles, repeats)
@@ -253,14 +255,26 @@ def shard_tree(abstract, rules: Sequence[Rule] | str, mesh, *, roles: Mapping[st
   return jax.tree.unflatten(jax.tree.structure(abstract), shardings)
 
 
-def as_rules(rules: Sequence[Rule] | str) -> tuple[Rule, ...]:
-  """One strategy for all is short for one rule."""
-  return ((".*", rules),) if isinstance(rules, str) else tuple(rules)
+def as_rules(rules: Sequence[Rule] | str, abstract, mesh) -> tuple[Rule, ...]:
+  """Returns rules in full: one strategy for all is short for one rule, and "auto" stands for what it comes to.
+
+  That is every axis of the mesh put to its use, and ZeRO-3 where the state would take more than 1 GiB of a device.
+  """
+  rules = ((".*", rules),) if isinstance(rules, str) else tuple(rules)
+  return tuple((pattern, _auto(abstract, mesh) if strategy == "auto" else strategy) for pattern, strategy in rules)
+
+
+def _auto(abstract, mesh):
+  words = [word for word in ("pipe", "expert", "tensor") if mesh.shape.get(word, 1) > 1]
+  size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+  if mesh.shape.get("data", 1) > 1 and size / math.prod(mesh.shape[word] for word in words) > ROOM:
+    words.append("fsdp")
+  return "+".join(words) or "replicated"
 
 
 def _describer(abstract, roles, repeats):
   """Returns `(name, shape) -> Leaf`: what a leaf is to the model it belongs to."""
-  params = getattr(abstract, "params", abstract)
+  params = getattr(abstract, "params", abstract)  # A state's, or a tree of them.
   shapes = {n: p.shape for n, p in zip(paths.names(params), jax.tree.leaves(params), strict=True)}
 
   def describe(name, shape):
@@ -321,7 +335,7 @@ def _check_divides(shape, dim, axis, mesh):
 
 def _check_not_whole_by_accident(leaf, spec, strategy, mesh):
   size = math.prod(leaf.shape) * leaf.dtype.itemsize
-  meant = _words(strategy) in (["replicate"], ["replicated"])
+  meant = _words(strategy) == ["replicated"]
   if not meant and size > ACCIDENT and mesh.size > 1 and not any(spec):
     raise UserError(
       f"{size / 2**20:.0f} MiB {tuple(leaf.shape)} would be whole on each of {mesh.size} devices: nothing divides it. "

@@ -75,7 +75,7 @@ def test_explain_shows_rules_layouts_and_bytes(config):
     "explain",
     f"--config={config}",
     "--devices=4",
-    "--config.sharding=[('.*kernel', 'fsdp(data,8)'), ('.*', 'replicate')]",
+    "--config.sharding=[('.*kernel', 'fsdp(data,8)'), ('.*', 'replicated')]",
   )
   line = next(row for row in out.splitlines() if row.startswith("params/") and "kernel" in row)
   assert "16x3" in line and "fsdp" in line and "48 B" in line  # 16 x 3 float32 over 4 devices.

@@ -136,7 +136,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
 @pytest.mark.parametrize(
   "mesh_and_rules",
   [
-    ((("data", 1), ("tensor", 8)), ((".*hidden.*kernel", "split(tensor,-1)"), (".*", "replicate"))),
+    ((("data", 1), ("tensor", 8)), ((".*hidden.*kernel", "split(tensor,-1)"), (".*", "replicated"))),
     ((("data", -1),), ((".*", "fsdp(data,8)"),)),
   ],
 )
@@ -146,7 +146,7 @@ def test_the_mesh_does_not_change_what_is_learned(tmp_path, mesh_and_rules):
   other = tiny(
     data=TINY["data"] | {"preprocess": ""},
     mesh=mesh,
-    sharding=rules if "hidden" not in rules[0][0] else ((".*", "replicate"),),
+    sharding=rules if "hidden" not in rules[0][0] else ((".*", "replicated"),),
   )
   train.train(plain, str(tmp_path / "a"))
   train.train(other, str(tmp_path / "b"))
@@ -272,7 +272,7 @@ def test_a_start_that_is_refused_leaves_the_recorded_config(tmp_path):
   train.train(tiny(), str(tmp_path))
   before = (tmp_path / "config.json").read_bytes()
   with pytest.raises(UserError, match="config.sharding"):
-    train.train(tiny(sharding=[("params.*", "replicate")]), str(tmp_path))
+    train.train(tiny(sharding=[("params.*", "replicated")]), str(tmp_path))
   assert (tmp_path / "config.json").read_bytes() == before
 
 
@@ -299,7 +299,7 @@ def test_init_from_takes_what_the_rules_name(tmp_path):
 
 def test_init_from_lays_the_state_out_as_the_step_wants_it_and_reports_each_leaf(tmp_path, capsys):
   train.train(tiny(), str(tmp_path / "a"))
-  moments_apart = ((".*/mu/.*kernel", "fsdp(data,8)"), (".*", "replicate"))
+  moments_apart = ((".*/mu/.*kernel", "fsdp(data,8)"), (".*", "replicated"))
   config = tiny(init_from=dict(workdir=str(tmp_path / "a")), sharding=moments_apart)
   capsys.readouterr()
   train.train(config, str(tmp_path / "b"))  # The compiled step takes one layout and no other.
@@ -339,7 +339,7 @@ def test_a_damaged_checkpoint_is_a_fault_told_in_words(tmp_path):
     (dict(decay=[("nothing", 0.1)]), "config.decay"),
     (dict(freeze=["nothing"]), "config.freeze"),
     (dict(keep=dict(best="test/accuracy")), "config.keep.best"),
-    (dict(sharding=[("params.*", "replicate")]), "config.sharding"),
+    (dict(sharding=[("params.*", "replicated")]), "config.sharding"),
     (dict(log_every="5 tokens"), "config.log_every"),
     (dict(log_every=0), "config.log_every must be positive"),
     (dict(claim=dict(metric="val/accuracy")), "config.claim needs one"),
