@@ -196,8 +196,9 @@ def _sequence(c, over, intent):
   if not over or not over <= intent.axes("seq"):
     return None
   ring = intent.layout.sequence == "ring"
-  if all(a.dtype in ("s32", "u32", "pred") for a in c.arrays):
-    return Verdict(True, "tokens and positions, put in the order that balances causal attention")
+  reorders = any(re.search("balance|zigzag", f.function) for f in c.stack)
+  if reorders or all(a.dtype in ("s32", "u32", "pred") for a in c.arrays):
+    return Verdict(True, "a sequence, put into the order that balances causal attention, or back")
   if c.kind == "collective-permute":
     return Verdict(True, "keys and values go around the ring" if ring else "a sequence's neighbours")
   if c.kind == "all-to-all":
