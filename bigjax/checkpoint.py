@@ -24,7 +24,7 @@ from bigjax.errors import UserError
 policies = ocp.checkpoint_managers
 
 CHUNK = 64 * 2**20  # Bytes of a leaf that are read as one: else a device reads all that another one has written.
-AT_ONCE = 512 * 10**6  # Bytes under way from disk to devices, of each process.
+AT_ONCE = 256 * 10**6  # Bytes under way from disk to devices, of each process.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,11 +192,11 @@ class Checkpoints:
 
 
 def _groups(conversions, there):
-  """Parts of the list that read about as many bytes as may be under way, or a single conversion that reads more."""
+  """Parts of the list that read few bytes compared to what may be under way, or a single conversion that reads more."""
   group, size = [], 0
   for c in conversions:
     more = sum(_size(there[n]) for n in c.sources) / jax.process_count()
-    if group and size + more > AT_ONCE // 2:
+    if group and size + more > AT_ONCE // 4:
       yield group
       group, size = [], 0
     group, size = [*group, c], size + more
