@@ -85,7 +85,8 @@ class Alone:
       value = jax.tree.leaves(batch)[0]
 
       def group(i):
-        part = _apart(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), split), value)
+        part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), split)
+        part = _apart(part, value, i)  # Also where there is one group, whose computation would leave the loop in parts.
         grads, (sums, _) = grad_fn(params, extras, part, jax.random.fold_in(key, first + i))
         return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, sums))
 
@@ -166,17 +167,17 @@ def alone(layout: sharding.Layout, groups: int, batch_size: int, extras: Mapping
   return Alone(layout.mesh, groups)
 
 
-def _apart(tree, value):
+def _apart(tree, value, i=0):
   """A copy of `tree` that nothing is fused across: what a loop gives after one turn, of how many no compiler knows.
 
   `jax.lax.optimization_barrier` is no such wall: XLA takes it away on a CPU before it fuses.
   """
-  return jax.lax.fori_loop(0, _unknown(1, value), lambda _, __: tree, _zeros(tree))
+  return jax.lax.fori_loop(0, _unknown(1, value, i), lambda _, __: tree, _zeros(tree))
 
 
-def _unknown(number, value):
-  """`number`, in a way that a compiler can't see: it knows no bounds of data."""
-  return jnp.minimum(number, number + (value.reshape(-1)[0] != 0).astype(jnp.int32))
+def _unknown(number, value, i=0):
+  """`number`, in a way that a compiler can't see: it knows no bounds of data, nor of `i`, which is never negative."""
+  return jnp.minimum(number, number + i + (value.reshape(-1)[0] != 0).astype(jnp.int32))
 
 
 def _zeros(tree):
