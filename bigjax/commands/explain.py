@@ -39,9 +39,8 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_num_cpu_devices", args.devices)
   from bigjax import experiment, overview
 
-  resolved = configs.resolve(config, experiment.TrainConfig)
-  elsewhere = [topology.devices(args.topology, args.num_slices)] if args.topology else []
-  run = experiment.build(resolved, *elsewhere)
+  devices = topology.devices(args.topology, args.num_slices) if args.topology else None
+  run = experiment.build(configs.resolve(config, experiment.TrainConfig), devices)
   batch = {k: f"{v.dtype}{list(v.shape)}" for k, v in run.batch.items()}
   sent = overview.collectives(run, compiled_text(run)) if args.compiled else None
   pipeline = overview.pipeline(run)
@@ -55,10 +54,9 @@ def main(argv: list[str]) -> int:
   print(f"batch      {', '.join(f'{k} {v}' for k, v in batch.items())}")
   print(f"steps      {run.total_steps:,} over {len(run.data.source):,} examples")
   if pipeline:
-    turns = f"{pipeline['microbatches']} microbatches" + (
-      f" x {pipeline['repeats']}" if pipeline["repeats"] > 1 else ""
-    )
-    print(f"pipeline   {pipeline['stages']} stages, {turns}: a device waits {pipeline['bubble']:.1%} of the time")
+    turns = f" x {pipeline['repeats']}" if pipeline["repeats"] > 1 else ""
+    parts = f"{pipeline['stages']} stages, {pipeline['microbatches']} microbatches{turns}"
+    print(f"pipeline   {parts}: a device waits {pipeline['bubble']:.1%} of the time")
   if args.compiled:
     print(f"\n{overview.collectives_table(sent)}")
   return 0
