@@ -1,0 +1,296 @@
+"""A block of the decoder: attention of two kinds, MLP or experts, norms; and the options that say which."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from bigjax import sharding
+from bigjax.models import layers, moe
+from bigjax.models.attention import attend
+from bigjax.models.rope import Rope, rotate, sharpness
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """What a decoder is; `make` has the words."""
+
+  vocab_size: int
+  context: int
+  width: int
+  depth: int
+  heads: int
+  mlp_dim: int
+  kv_heads: int | None = None
+  head_dim: int | None = None
+  norm: str = "rms"
+  norm_place: str = "pre"
+  norm_offset: bool = False
+  epsilon: float = 1e-5
+  bias: str = "none"
+  qk_norm: str = "none"
+  positions: str = "rope"
+  rope_theta: float = 10_000.0
+  rope_fraction: float = 1.0
+  rope_scaling: str = "none"
+  rope_factor: float = 1.0
+  rope_trained: int = 8192
+  rope_amplitude: float | None = None
+  rope_sharpen: float = 0.0
+  local_theta: float | None = None
+  window: int | None = None
+  pattern: str = "G"
+  softcap: float | None = None
+  logit_softcap: float | None = None
+  scale_dim: int | None = None
+  gated: bool = True
+  activation: str = "silu"
+  tied: bool = False
+  embed_scale: bool = False
+  query_rank: int | None = None
+  kv_rank: int | None = None
+  nope_dim: int = 128
+  rope_dim: int = 64
+  value_dim: int = 128
+  experts: int = 0
+  top_k: int = 2
+  expert_dim: int | None = None
+  shared_experts: int = 0
+  first_dense: int = 0
+  moe_every: int = 1
+  scoring: str = "softmax"
+  normalize: bool = True
+  route_scale: float = 1.0
+  groups: int = 1
+  top_groups: int = 1
+  bias_rate: float = 0.0
+  capacity_factor: float | None = None
+  group: int | None = None
+  exchange: str = "auto"
+  balance_loss: float = 0.0
+  router_z_loss: float = 0.0
+  dropout: float = 0.0
+  attention: str = "auto"
+  scan: bool = False
+  remat: str = "none"
+  dtype: str = "float32"
+
+  @property
+  def compute(self) -> Any:
+    return layers.DTYPES[self.dtype]
+
+  @property
+  def ropes(self) -> dict[str, Rope]:
+    """How heads turn, by the name of the table; those of local layers can do so differently."""
+    if self.positions != "rope":
+      return {}
+    dim = self.rope_dim if self.kv_rank else round(self.rope_fraction * self.head_size)
+    scaled = dict(scaling=self.rope_scaling, factor=self.rope_factor, trained=self.rope_trained)
+    found = {"rope": Rope(dim=dim, theta=self.rope_theta, amplitude=self.rope_amplitude, **scaled)}
+    return found if self.local_theta is None else found | {"local_rope": Rope(dim=dim, theta=self.local_theta)}
+
+  @property
+  def head_size(self) -> int:
+    return self.head_dim or self.width // self.heads
+
+  @property
+  def kinds(self) -> tuple["Kind", ...]:
+    """What each layer computes."""
+    local = [self.pattern[i % len(self.pattern)] == "L" for i in range(self.depth)]
+    late = [i - self.first_dense for i in range(self.depth)]
+    routed = [self.experts > 0 and i >= 0 and (i + 1) % self.moe_every == 0 for i in late]
+    return tuple(map(Kind, routed, local))
+
+
+class Kind(NamedTuple):
+  """What a layer computes: with experts or without, attention in a window or to everything."""
+
+  routed: bool
+  local: bool
+
+
+class RMSNorm(nnx.Module):
+  """Divides by the root mean square, https://arxiv.org/abs/1910.07467, in float32; `offset` is added to the scale."""
+
+  def __init__(self, width: int, *, epsilon: float, offset: float = 0.0):
+    self.epsilon, self.offset = epsilon, offset
+    self.scale = nnx.Param(jnp.full(width, 1 - offset))
+
+  def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+    wide = x.astype(jnp.float32)
+    mean = jnp.square(wide).mean(axis=-1, keepdims=True)
+    scale = jnp.expand_dims(self.scale[...] + self.offset, range(x.ndim - 1))
+    return (wide * jax.lax.rsqrt(mean + self.epsilon) * scale).astype(x.dtype)
+
+
+def make_norm(o: Options, rngs: nnx.Rngs, width: int | None = None) -> nnx.Module:
+  """The norm of the options, over the last dimension."""
+  if o.norm == "layer":
+    return nnx.LayerNorm(width or o.width, epsilon=o.epsilon, use_bias=o.bias == "all", rngs=rngs)
+  return RMSNorm(width or o.width, epsilon=o.epsilon, offset=float(o.norm_offset))
+
+
+def _dense(o: Options, rngs: nnx.Rngs, inputs: int, outputs: int, *, bias: bool = False, end: bool = False):
+  """A dense layer; what enters the residual stream starts smaller by 1 / sqrt(number of such), as in GPT-2."""
+  init = nnx.initializers.normal(0.02 / math.sqrt(2 * o.depth) if end else 0.02)
+  return layers.Dense(inputs, outputs, use_bias=bias, kernel_init=init, dtype=o.compute, rngs=rngs)
+
+
+class Attention(nnx.Module):
+  """Self-attention with one key and value head for each group of query heads, https://arxiv.org/abs/2305.13245."""
+
+  def __init__(self, o: Options, rngs: nnx.Rngs):
+    heads, kv_heads, dim = o.heads, o.kv_heads or o.heads, o.head_size
+    self.heads, self.kv_heads, self.qk_norm = heads, kv_heads, o.qk_norm
+    self.scale = (o.scale_dim or dim) ** -0.5
+    bias = o.bias != "none"
+    self.query = _dense(o, rngs, o.width, heads * dim, bias=bias)
+    self.key = _dense(o, rngs, o.width, kv_heads * dim, bias=bias)
+    self.value = _dense(o, rngs, o.width, kv_heads * dim, bias=bias)
+    normed = {"none": (), "head": (dim, dim), "all": (heads * dim, kv_heads * dim)}[o.qk_norm]
+    self.query_norm, self.key_norm = (make_norm(o, rngs, n) for n in normed) if normed else (None, None)
+    self.out = _dense(o, rngs, heads * dim, o.width, bias=o.bias == "all", end=True)
+
+  def project(self, x: Float[Array, "batch seq width"], table: Array | None) -> tuple[Array, Array, Array]:
+    """Returns queries, keys and values, [batch, seq, heads, dim]."""
+    query, key, value = (checkpoint_name(dense(x), "qkv") for dense in (self.query, self.key, self.value))
+    if self.qk_norm == "all":
+      query, key = self.query_norm(query), self.key_norm(key)
+    by_head = lambda x, heads: _heads(x.reshape(*x.shape[:2], heads, -1))
+    query, key, value = by_head(query, self.heads), by_head(key, self.kv_heads), by_head(value, self.kv_heads)
+    if self.qk_norm == "head":
+      query, key = self.query_norm(query), self.key_norm(key)
+    return (query, key, value) if table is None else (rotate(query, table), rotate(key, table), value)
+
+
+class LatentAttention(nnx.Module):
+  """Keys and values are made of a short vector, all that a cache has to keep, https://arxiv.org/abs/2405.04434.
+
+  A key is a part of its own for each head, which does not turn, and a part that turns and all heads share.
+  """
+
+  def __init__(self, o: Options, rngs: nnx.Rngs):
+    self.heads, self.split, self.rank = o.heads, o.nope_dim, o.kv_rank
+    # YaRN sharpens here instead of in the cosines, for the part that does not turn as well.
+    self.scale = (o.scale_dim or o.nope_dim + o.rope_dim) ** -0.5 * sharpness(o.rope_factor, o.rope_sharpen) ** 2
+    query_dim = o.heads * (o.nope_dim + o.rope_dim)
+    if o.query_rank:
+      self.query_down, self.query_norm = _dense(o, rngs, o.width, o.query_rank), make_norm(o, rngs, o.query_rank)
+    else:
+      self.query_down = self.query_norm = None
+    self.query_up = _dense(o, rngs, o.query_rank or o.width, query_dim)
+    self.kv_down = _dense(o, rngs, o.width, o.kv_rank + o.rope_dim)
+    self.kv_norm = make_norm(o, rngs, o.kv_rank)
+    self.kv_up = _dense(o, rngs, o.kv_rank, o.heads * (o.nope_dim + o.value_dim))
+    self.out = _dense(o, rngs, o.heads * o.value_dim, o.width, end=True)
+
+  def project(self, x: Float[Array, "batch seq width"], table: Array) -> tuple[Array, Array, Array]:
+    """Returns queries, keys and values, [batch, seq, heads, dim]."""
+    by_head = lambda x: _heads(x.reshape(*x.shape[:2], self.heads, -1))
+    query = by_head(self.query_up(x if self.query_down is None else self.query_norm(self.query_down(x))))
+    latent, shared = jnp.split(self.kv_down(x), [self.rank], axis=-1)
+    key, value = jnp.split(by_head(self.kv_up(self.kv_norm(latent))), [self.split], axis=-1)
+    still, turning = jnp.split(query, [self.split], axis=-1)
+    shared = rotate(shared[:, :, None], table)
+    query = jnp.concatenate([still, rotate(turning, table)], axis=-1)
+    key = jnp.concatenate([key, jnp.broadcast_to(shared, (*key.shape[:3], shared.shape[-1]))], axis=-1)
+    return checkpoint_name(query, "qkv"), checkpoint_name(key, "qkv"), checkpoint_name(value, "qkv")
+
+
+def _heads(x):
+  """Splits heads over devices; those of keys and values stay whole where there are too few."""
+  word = None if x.shape[2] % sharding.current().size("heads") else "heads"
+  return sharding.constrain(x, "batch", "seq", word, None)
+
+
+class Mlp(nnx.Module):
+  """down(activation(gate(x)) * up(x)), https://arxiv.org/abs/2002.05202; without a gate, down(activation(up(x)))."""
+
+  def __init__(self, o: Options, hidden: int, rngs: nnx.Rngs):
+    self.activation = layers.choose(layers.ACTIVATIONS, "activation", o.activation)
+    bias = o.bias == "all"
+    self.gate = _dense(o, rngs, o.width, hidden, bias=bias) if o.gated else None
+    self.up = _dense(o, rngs, o.width, hidden, bias=bias)
+    self.down = _dense(o, rngs, hidden, o.width, bias=bias, end=True)
+
+  def __call__(self, x: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
+    inside = lambda dense: checkpoint_name(sharding.constrain(dense(x), "batch", "seq", "hidden"), "hidden")
+    hidden = inside(self.up)
+    hidden = self.activation(hidden) if self.gate is None else self.activation(inside(self.gate)) * hidden
+    return self.down(hidden)
+
+
+def _moe(o: Options, rngs: nnx.Rngs) -> moe.MoE:
+  hidden = o.expert_dim or o.mlp_dim
+  names = "experts top_k gated activation scoring normalize groups top_groups bias_rate capacity_factor group exchange"
+  return moe.MoE(
+    o.width,
+    hidden,
+    **{name: getattr(o, name) for name in names.split()},
+    scale=o.route_scale,
+    shared=Mlp(o, o.shared_experts * hidden, rngs) if o.shared_experts else None,
+    dtype=o.compute,
+    init=(nnx.initializers.normal(0.02), nnx.initializers.normal(0.02 / math.sqrt(2 * o.depth))),
+    rngs=rngs,
+  )
+
+
+class Block(nnx.Module):
+  """Attention, then an MLP or experts, each added to the residual stream; norms before, after, or both."""
+
+  def __init__(self, o: Options, routed: bool, rngs: nnx.Rngs):
+    norm = lambda *places: make_norm(o, rngs) if o.norm_place in places else None
+    self.window, self.softcap, self.dropout, self.backend = o.window, o.softcap, o.dropout, o.attention
+    self.local_rope = "rope" if o.local_theta is None else "local_rope"
+    self.routed = routed
+    self.norm1 = norm("pre", "sandwich")
+    self.attn = (LatentAttention if o.kv_rank else Attention)(o, rngs)
+    self.post1 = norm("post", "sandwich")
+    self.norm2 = norm("pre", "sandwich")
+    self.mlp = _moe(o, rngs) if routed else Mlp(o, o.mlp_dim, rngs)
+    self.post2 = norm("post", "sandwich")
+
+  def __call__(
+    self,
+    x: Float[Array, "batch seq width"],
+    *,
+    local: bool,
+    key: PRNGKeyArray | None = None,
+    segments: Int[Array, "batch seq"] | None = None,
+    **tables: Array,
+  ) -> tuple[Float[Array, "batch seq width"], dict[str, Array]]:
+    keys = layers.subkeys(key, 3)
+
+    def add(x, branch, norm, key):
+      branch = layers.dropout(branch if norm is None else norm(branch), self.dropout, key)
+      return sharding.constrain(x + branch.astype(x.dtype), "batch", "seq", "embed")
+
+    before = x if self.norm1 is None else self.norm1(x)
+    query, key, value = self.attn.project(before, tables.get(self.local_rope if local else "rope"))
+    out = attend(
+      query,
+      key,
+      value,
+      causal=True,
+      window=self.window if local else None,
+      segments=segments,
+      balanced=True,
+      scale=self.attn.scale,
+      softcap=self.softcap,
+      dropout_rate=self.dropout,
+      dropout_key=keys[0],
+      backend=self.backend,
+    )
+    out = checkpoint_name(out.reshape(*x.shape[:2], -1), "attention")
+    x = add(x, self.attn.out(out), self.post1, keys[1])
+    before, aux = x if self.norm2 is None else self.norm2(x), {}
+    if self.routed:
+      out, aux = self.mlp(before, mask=None if segments is None else segments != 0)
+    else:
+      out = self.mlp(before)
+    return add(x, out, self.post2, keys[2]), aux
