@@ -16,7 +16,7 @@ from bigjax.errors import UserError, suggest
 COMMANDS = {
   "train": "train a config, or go on where its workdir stopped",
   "eval": "measure a checkpoint by the config's evaluators",
-  "explain": "every parameter: shape, rule that matched, layout, bytes a device",
+  "explain": "every parameter's layout, every activation's axes, every collective of the compiled step",
   "diff": "what differs between two configs or workdirs",
   "repro": "run a workdir again from what it recorded, and compare",
   "report": "write the report page of a workdir anew",

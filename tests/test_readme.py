@@ -27,7 +27,7 @@ def blocks(text, language):
 
 def commands(text):
   """What is to be typed: the lines of the shell blocks, and code in the text that starts with a command."""
-  lines = [line for block in blocks(text, "sh") for line in block.splitlines()]
+  lines = [line for block in blocks(text, "sh") for line in block.replace("\\\n", " ").splitlines()]
   lines += re.findall(r"`((?:make|sh|python|bigjax|\.ci/run) [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.S))
   return [words for line in lines if (words := shlex.split(line, comments=True))]
 
