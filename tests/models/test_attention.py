@@ -225,13 +225,56 @@ def test_pairs_of_blocks_that_see_nothing_are_not_computed():
   assert len(pairs(masks.Rule(window=7))) == 10
 
 
+def is_in_blocks(qkv, **arguments):
+  return "scan" in str(jax.make_jaxpr(lambda *qkv: attention.attend(*qkv, **arguments))(*qkv))
+
+
 def test_auto_is_the_reference_until_the_scores_are_too_many(monkeypatch):
   *qkv, _ = arrays()
   scores = BATCH * HEADS * SEQ * SEQ
-  for limit, has_loop in ((scores, False), (scores - 1, True)):
+  for limit, in_blocks in ((scores, False), (scores - 1, True)):
     monkeypatch.setattr(attention, "MOST_SCORES", limit)
-    program = str(jax.make_jaxpr(lambda *qkv: attention.attend(*qkv, causal=True))(*qkv))
-    assert ("scan" in program) == has_loop
+    assert is_in_blocks(qkv) == in_blocks
+
+
+def test_auto_on_a_cpu_takes_blocks_where_many_see_nothing():
+  *qkv, _ = arrays(seq=256)
+  assert is_in_blocks(qkv, causal=True)
+  assert is_in_blocks(qkv, window=8)
+  assert not is_in_blocks(qkv)
+  assert not is_in_blocks(qkv, causal=True, prefix=jnp.array([1, 2]))
+  assert not is_in_blocks([x[:, :200] for x in qkv], causal=True)
+
+
+@pytest.mark.parametrize(
+  ("batch", "heads", "on", "size"),
+  [(16, 6, "cpu", 64), (4, 6, "cpu", 128), (1, 2, "cpu", 512), (16, 6, "tpu", 256), (1, 8, "gpu", 1024)],
+)
+def test_a_block_is_as_large_as_its_scores_may_be(batch, heads, on, size, monkeypatch):
+  monkeypatch.setattr(blockwise, "platform", lambda: on)
+  assert blockwise.block_size(batch, heads) == size
+
+
+@pytest.mark.parametrize(
+  ("mask", "kernel"),
+  [
+    (dict(causal=True), True),
+    (dict(causal=True, window=300, softcap=30.0), True),
+    (dict(), True),
+    (dict(causal=True, dropout_rate=0.1, dropout_key=jax.random.key(0)), False),
+  ],
+  ids=lambda mask: " ".join(mask) if isinstance(mask, dict) else str(mask),
+)
+def test_auto_on_a_tpu_is_splash_where_it_can_and_its_kernel_compiles_to_one_call(mask, kernel, monkeypatch):
+  monkeypatch.setattr(blockwise, "platform", lambda: "tpu")
+  given = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in arrays(seq=512, dim=64)]
+
+  def run(query, key, value, out_gradient):
+    out, pull = jax.vjp(functools.partial(attention.attend, **mask), query, key, value)
+    return (out, *pull(out_gradient))
+
+  program = jax.export.export(jax.jit(run), platforms=["tpu"])(*given).mlir_module()
+  assert ("tpu_custom_call" in program) == kernel
 
 
 def test_a_backend_says_what_it_cannot_do():
