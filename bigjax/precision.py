@@ -8,8 +8,9 @@
 | "bfloat16_kahan"   | bfloat16, and what it left out | bfloat16                | bfloat16 | 8                       |
 | "float16"          | float32                        | float16, a scaled loss  | float32  | 12                      |
 
-In all of them softmax, the statistics of norms, logits, loss, the division by its weight and everything between a
-gradient and the new parameter are float32; an average of the parameters is kept in float32.
+In all of them softmax, the statistics of norms, logits, loss, the sum of a kernel's gradient over the batch, over its
+parts and over devices, the division by the weight and everything between a gradient and the new parameter are float32;
+an average of the parameters is kept in float32.
 
 A bfloat16 has 8 bits: an update below 1/512 of its parameter is lost when the sum is rounded to the nearest, and so is
 most of training. Rounding up or down by chance, with the odds that make the mean right, loses nothing on average
@@ -31,6 +32,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from bigjax import paths
 from bigjax.errors import UserError
@@ -111,6 +113,44 @@ def cast(tree: PyTree, dtype: Any) -> PyTree:
     return x.astype(dtype) if hasattr(x, "astype") else jax.ShapeDtypeStruct(x.shape, dtype)
 
   return jax.tree.map(leaf, tree)
+
+
+# Sums in float32
+
+
+def summed(module: nnx.Module) -> nnx.Module:
+  """Returns the module, its dense layers told to add up the gradients of their kernels in float32.
+
+  A product in bfloat16 is rounded to bfloat16, and where devices split the batch that is before their parts are added
+  together, in bfloat16 again. Activations and their gradients stay what they are.
+  """
+  for _, layer in nnx.iter_modules(module):
+    if getattr(layer, "dot_general", None) is jax.lax.dot_general:
+      layer.dot_general = _dot
+  return module
+
+
+def _dot(inputs, kernel, dimension_numbers, **kwargs):
+  dense = (((inputs.ndim - 1,), (0,)), ((), ()))
+  if inputs.dtype == jnp.float32 or inputs.dtype != kernel.dtype or dimension_numbers != dense:
+    return jax.lax.dot_general(inputs, kernel, dimension_numbers, **kwargs)
+  return _dense(inputs, kernel)
+
+
+@jax.custom_vjp
+def _dense(inputs, kernel):
+  return jax.lax.dot_general(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ())))
+
+
+def _dense_backward(saved, gradient):
+  inputs, kernel = saved
+  batch = tuple(range(inputs.ndim - 1))
+  to_inputs = jax.lax.dot_general(gradient, kernel, (((inputs.ndim - 1,), (1,)), ((), ())))
+  to_kernel = jax.lax.dot_general(inputs, gradient, ((batch, batch), ((), ())), preferred_element_type=jnp.float32)
+  return to_inputs, to_kernel.astype(kernel.dtype)
+
+
+_dense.defvjp(lambda inputs, kernel: (_dense(inputs, kernel), (inputs, kernel)), _dense_backward)
 
 
 # Parameters in bfloat16

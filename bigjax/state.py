@@ -46,7 +46,8 @@ class Model:
   def bind(self, params: PyTree, extras: PyTree) -> nnx.Module:
     """Returns the module itself, to call inside `jit` as any Python object."""
     params = _numbered(precision.cast(params, jnp.float32))
-    return quantize.applied(nnx.merge(self._graphdef, params, _numbered(extras)), self.products)
+    module = nnx.merge(self._graphdef, params, _numbered(extras))
+    return quantize.applied(precision.summed(module), self.products)
 
   @staticmethod
   def extras(module: nnx.Module) -> PyTree:

@@ -130,6 +130,17 @@ def test_mixed_multiplies_in_bfloat16_and_exponentiates_normalises_and_takes_log
   assert run.outputs["logits"].dtype == jnp.float32
 
 
+@pytest.mark.parametrize("word", ["mixed", "bfloat16", "float16"])
+def test_gradients_of_kernels_are_added_up_in_float32(word):
+  run = built(model=MLP | dict(widths=(8, 8)), precision=word)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  jaxpr = jax.make_jaxpr(train.make_step(run))(run.abstract, dict(run.batch), key)
+  narrow = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+  narrow = [str(e.outvars[0].aval.dtype) for e in narrow if e.invars[0].aval.dtype != jnp.float32]
+  assert narrow.count("float32") == 2
+  assert len(narrow) == 6  # Two forward, two to what went in, of which the compiler drops that of the examples.
+
+
 def equations(jaxpr):
   for equation in jaxpr.eqns:
     yield equation
