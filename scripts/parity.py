@@ -34,6 +34,20 @@ MODELS = {
   "resnet": dict(name="resnet", stages=(1, 2), width=8, num_classes=8, stem="small", bottleneck=False),
   "vit": dict(name="vit", image_size=8, patch_size=2, num_classes=8, head="gap", mlp_dim=64, **TRANSFORMER),
   "gpt": dict(name="gpt", vocab_size=64, context=16, **TRANSFORMER),
+  "moe": dict(
+    name="decoder",
+    vocab_size=64,
+    context=16,
+    kv_heads=4,
+    mlp_dim=64,
+    **TRANSFORMER,
+    experts=8,
+    top_k=2,
+    shared_experts=1,
+    balance_loss=1e-2,
+    router_z_loss=1e-3,
+    bias_rate=1e-3,
+  ),
 }
 MESHES = {
   "1": dict(mesh=(("data", 1),)),
@@ -59,14 +73,12 @@ SEQUENCES = ("vit", "gpt", "moe")
 
 def why_not(model: str, mesh: str, variant: str) -> str | None:
   """Returns why a cell can't be, or None."""
-  if variant and model not in SEQUENCES:
-    return "no stack of equal layers" if model == "mlp" else "stages of one or two blocks"
   if mesh.startswith(("CP", "FSDP2xCP")) and model not in SEQUENCES:
     return "no sequence to split"
   if "EP" in mesh and model != "moe":
     return "no experts"
   if mesh.startswith("PP") and model not in SEQUENCES:
-    return "no stack of equal layers to cut into stages"
+    return "layers without a pipeline: they differ, or keep batch statistics"
   if mesh.startswith("PP") and not variant:
     return "a pipeline needs scan"
   if mesh.startswith("ACC") and model == "resnet":

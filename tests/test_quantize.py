@@ -86,10 +86,10 @@ def test_parameters_keep_names_types_and_values():
 
 
 def test_a_product_is_one_of_integers_times_the_scales_of_row_and_column():
-  run = built(model=MLP, quantize=[("hidden/0", "int8")])
+  run = built(model=MLP, quantize=[("first/dense", "int8")])
   params, extras = jax.device_get(run.model.init(jax.random.key(0)))
-  x, kernel = np.asarray(jax.random.normal(jax.random.key(1), (16, 16))), params["hidden"]["0"]["kernel"]
-  product = np.asarray(run.model.bind(params, extras).hidden[0](jnp.asarray(x))) - params["hidden"]["0"]["bias"]
+  x, kernel = np.asarray(jax.random.normal(jax.random.key(1), (16, 16))), params["first"]["dense"]["kernel"]
+  product = np.asarray(run.model.bind(params, extras).first.dense(jnp.asarray(x))) - params["first"]["dense"]["bias"]
   row, column = (np.abs(v).max(axis, keepdims=True) / 127.5 for v, axis in ((x, 1), (kernel, 0)))
   integers = product / row / column
   np.testing.assert_allclose(integers, np.round(integers), atol=0.02)

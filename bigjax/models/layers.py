@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -360,6 +360,48 @@ def run_stack(
     x, aux = layer(x, block, *_at(i, (keys, rates)), **arrays)
     found.append(aux)
   return x, jax.tree.map(lambda *layers: jnp.stack(layers), *found)
+
+
+def stacked(blocks: Sequence[nnx.Module]) -> nnx.Module:
+  """Makes of equal blocks one whose leaves have a leading layer axis; of none, an empty list."""
+  if not blocks:
+    return nnx.List([])
+  state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, blocks))
+  return nnx.merge(nnx.graphdef(blocks[0]), state)
+
+
+def run_keeping(
+  call: Callable[[nnx.Module, Array, Any], Array],
+  blocks: nnx.Module,
+  x: Array,
+  *,
+  keys: Any = None,
+  remat: str = "none",
+) -> Array:
+  """Applies blocks in order, in a list or `stacked`, that keep something of a call, such as batch statistics.
+
+  `call(block, x, key) -> x` has one of `keys` for each block; `remat` is as in `run_stack`.
+  """
+  policy = remat_policy(remat)
+
+  def layer(x, graphdef, params, kept, key):
+    block = nnx.merge(graphdef, params, kept)
+    x = call(block, x, key)
+    return x, nnx.state(block, nnx.Not(nnx.Param))
+
+  if policy is not None:
+    layer = jax.checkpoint(layer, policy=policy, static_argnums=1)
+  if not isinstance(blocks, nnx.List):
+    if sharding.current().size("stage") > 1:
+      raise UserError("config.mesh: these layers are no stages of a pipeline. Take the axis 'pipe' out, or scan=False.")
+    graphdef, params, kept = nnx.split(blocks, nnx.Param, ...)
+    x, kept = jax.lax.scan(lambda x, xs: layer(x, graphdef, *xs), x, (params, kept, keys))
+    nnx.update(blocks, kept)
+    return x
+  for i, block in enumerate(blocks):
+    x, kept = layer(x, *nnx.split(block, nnx.Param, ...), None if keys is None else keys[i])
+    nnx.update(block, kept)
+  return x
 
 
 def remat_policy(remat: str) -> Callable | None:

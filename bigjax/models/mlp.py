@@ -1,42 +1,59 @@
 """Multi-layer perceptron: dense layers with an activation after each but the last."""
 
-from collections.abc import Callable
+from typing import Literal
 
 from flax import nnx
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
+from bigjax.errors import UserError
 from bigjax.models import layers
 
-# In turn: the columns of a layer, then the rows of the next, so that every second product needs no exchange.
+# In turn: the columns of a layer, then the rows of the next, so that every second product needs no exchange. In a stack
+# all layers are alike.
 TENSOR = (
-  (r"hidden/\d*[02468]/(kernel|bias)", -1),
-  (r"hidden/\d*[13579]/kernel", -2),
+  (r"(first|blocks|blocks/\d*[13579])/dense/(kernel|bias)", -1),
+  (r"blocks/\d*[02468]/dense/kernel", -2),
 )
+
+
+class Layer(nnx.Module):
+  """Dense layer -> batch norm, if asked for -> activation -> dropout."""
+
+  def __init__(self, fan_in: int, width: int, *, batch_norm, activation, dropout, rngs: nnx.Rngs, **dense):
+    self.dense = nnx.Linear(fan_in, width, rngs=rngs, **dense)
+    self.norm = layers.batch_norm(width, rngs=rngs) if batch_norm else None
+    self.activation, self.dropout = activation, dropout
+
+  def __call__(self, x: Float[Array, "batch _"], key: PRNGKeyArray | None, train: bool) -> Float[Array, "batch width"]:
+    x = self.dense(x)
+    if self.norm is not None:
+      x = self.norm(x, use_running_average=not train)
+    return layers.dropout(self.activation(x), self.dropout, key)
 
 
 @nnx.dataclass(eq=False, kw_only=True)
 class MLP(nnx.Module):
-  """Dense layer -> batch norm, if asked for -> activation -> dropout, as often as there are widths; then the head."""
+  """As many layers as there are widths; then the head."""
 
-  hidden: nnx.Module  # a list
-  norms: nnx.Module | None  # a list
+  first: Layer | None
+  blocks: nnx.Module  # the layers after it: a list, or one stack to scan over
   head: nnx.Linear
   in_features: int
-  activation: Callable[[Array], Array]
+  depth: int
   dropout: float
+  remat: str
 
   def features(
     self, inputs: Float[Array, "batch ..."], *, key: PRNGKeyArray | None = None, train: bool = False
   ) -> Float[Array, "batch width"]:
     """Returns the output of the last hidden layer."""
-    keys = layers.subkeys(layers.training_key(key, train, self.dropout), len(self.hidden))
+    keys = layers.subkeys(layers.training_key(key, train, self.dropout), self.depth)
     x = layers.flatten(inputs, self.in_features)
-    for i, dense in enumerate(self.hidden):
-      x = dense(x)
-      if self.norms is not None:
-        x = self.norms[i](x, use_running_average=not train)
-      x = layers.dropout(self.activation(x), self.dropout, keys[i])
-    return x
+    if self.first is None:
+      return x
+    call = lambda layer, x, key: layer(x, key, train)
+    rest = None if keys[0] is None else keys[1:]
+    return layers.run_keeping(call, self.blocks, self.first(x, keys[0], train), keys=rest, remat=self.remat)
 
   def __call__(
     self, inputs: Float[Array, "batch ..."], *, key: PRNGKeyArray | None = None, train: bool = False
@@ -54,6 +71,8 @@ def make(
   batch_norm: bool = False,
   bias: bool = True,
   kernel_init: str = "lecun_normal",
+  scan: bool = False,
+  remat: Literal["none", "full", "dots"] = "none",
   dtype: str = "float32",
   rngs: nnx.Rngs,
 ) -> MLP:
@@ -68,18 +87,29 @@ def make(
     batch_norm: normalise before each activation, https://arxiv.org/abs/1502.03167.
     bias: of the dense layers.
     kernel_init: lecun_normal, he_normal, glorot_uniform, orthogonal, ... (`layers.INITIALIZERS`).
+    scan: compile one of the layers after the first, which must be of one width, and scan over them. For depth.
+    remat: what the backward pass computes again: "none"; "full", all but what goes into a layer; "dots", all but the
+      products.
     dtype: of the computation; parameters and outputs are float32.
   """
   layers.check_positive(in_features=in_features, num_outputs=num_outputs, widths=widths)
   layers.check_rate(dropout=dropout)
   compute = layers.choose(layers.DTYPES, "dtype", dtype)
   init = layers.choose(layers.INITIALIZERS, "kernel_init", kernel_init)
-  dense = dict(kernel_init=init, use_bias=bias and not batch_norm, dtype=compute, rngs=rngs)  # A norm has its own bias.
+  if scan and len(set(widths)) > 1:
+    raise UserError(f"model.widths: {widths} differ, but scan=True needs layers of one width, such as {widths[:1]}.")
+  options = dict(batch_norm=batch_norm, activation=layers.choose(layers.ACTIVATIONS, "activation", activation))
+  dense = dict(kernel_init=init, use_bias=bias and not batch_norm, dtype=compute)  # A norm has its own bias.
+  hidden = [
+    Layer(fan_in, width, dropout=dropout, rngs=rngs, **options, **dense)
+    for fan_in, width in zip((in_features, *widths), widths)
+  ]
   return MLP(
-    hidden=nnx.List([nnx.Linear(n, width, **dense) for n, width in zip((in_features, *widths), widths)]),
-    norms=nnx.List([layers.batch_norm(width, rngs=rngs) for width in widths]) if batch_norm else None,
+    first=hidden[0] if hidden else None,
+    blocks=(layers.stacked if scan else nnx.List)(hidden[1:]),
     head=nnx.Linear((in_features, *widths)[-1], num_outputs, kernel_init=init, use_bias=bias, rngs=rngs),
     in_features=in_features,
-    activation=layers.choose(layers.ACTIVATIONS, "activation", activation),
+    depth=len(hidden),
     dropout=dropout,
+    remat=remat,
   )

@@ -73,6 +73,19 @@ class ResidualBlock(nnx.Module):
     return jax.nn.relu(x + skip).astype(self.dtype)
 
 
+@nnx.dataclass(eq=False, kw_only=True)
+class Stage(nnx.Module):
+  """Blocks of one size: the first comes to it, the others are equal."""
+
+  first: ResidualBlock
+  blocks: nnx.Module  # a list, or one stack to scan over
+
+  def __call__(self, x: Array, *, train: bool, remat: str) -> Array:
+    call = lambda block, x, _: block(x, train=train)
+    x = layers.run_keeping(call, nnx.List([self.first]), x, remat=remat)
+    return layers.run_keeping(call, self.blocks, x, remat=remat)
+
+
 TENSOR = ((r"stages/.*(convs/\d+|project)/kernel", -1),)  # Output channels.
 
 
@@ -83,9 +96,10 @@ class ResNet(nnx.Module):
   stem: nnx.Conv
   stem_norm: nnx.BatchNorm
   stem_pool: bool
-  stages: nnx.Module  # a list of lists of blocks
+  stages: nnx.Module  # a list
   head: nnx.Linear
   dropout: float
+  remat: str
   dtype: Any
 
   def features(
@@ -100,8 +114,7 @@ class ResNet(nnx.Module):
     if self.stem_pool:
       x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     for stage in self.stages:
-      for block in stage:
-        x = block(x, train=train)
+      x = stage(x, train=train, remat=self.remat)
     x = x.mean(axis=(1, 2), dtype=jnp.float32)
     return layers.dropout(x, self.dropout, layers.training_key(key, train, self.dropout))
 
@@ -121,6 +134,8 @@ def make(
   width: int = 64,
   stem: Literal["imagenet", "small"] = "imagenet",
   dropout: float = 0.0,
+  scan: bool = False,
+  remat: Literal["none", "full"] = "none",
   dtype: str = "float32",
   rngs: nnx.Rngs,
 ) -> ResNet:
@@ -135,6 +150,8 @@ def make(
     width: of the first stage; each next one has twice that.
     stem: "imagenet" starts at a quarter of the resolution; "small" keeps it, for images of 32 pixels or so.
     dropout: rate before the head.
+    scan: compile one of the equal blocks of a stage, all but the first, and scan over them. For depth and for TPUs.
+    remat: what the backward pass computes again: "none", or "full", all but what goes into a block.
     dtype: of the computation; parameters, batch statistics and logits are float32.
   """
   if depth is not None:
@@ -148,22 +165,23 @@ def make(
   compute = layers.choose(layers.DTYPES, "dtype", dtype)
   size, stride = (7, 2) if stem == "imagenet" else (3, 1)
   stem_conv = _conv(channels, width, size, stride, compute, rngs)
-  blocks, fan_in = nnx.List([]), width
+  blocks, fan_in = [], width
   for stage, count in enumerate(stages):
-    blocks.append(nnx.List([]))
+    blocks.append([])
     for i in range(count):
       shape = (fan_in, width * 2**stage, 2 if stage and i == 0 else 1)
-      block = ResidualBlock(*shape, bottleneck=bool(bottleneck), dtype=compute, rngs=rngs)
-      blocks[stage].append(block)
-      fan_in = block.width
+      blocks[stage].append(ResidualBlock(*shape, bottleneck=bool(bottleneck), dtype=compute, rngs=rngs))
+      fan_in = blocks[stage][i].width
   in_blocks = [conv for stage in blocks for block in stage for conv in (*block.convs, block.project) if conv]
   _draw_kernels([stem_conv, *in_blocks], rngs.params())
+  together = layers.stacked if scan else nnx.List
   return ResNet(
     stem=stem_conv,
     stem_norm=layers.batch_norm(width, rngs=rngs),
     stem_pool=stem == "imagenet",
-    stages=blocks,
+    stages=nnx.List([Stage(first=first, blocks=together(rest)) for first, *rest in blocks]),
     head=nnx.Linear(fan_in, num_classes, kernel_init=nnx.initializers.normal(0.01), rngs=rngs),
     dropout=dropout,
+    remat=remat,
     dtype=compute,
   )

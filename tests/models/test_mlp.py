@@ -37,8 +37,8 @@ def test_linear_is_a_product_and_a_sum():
 def test_an_mlp_is_dense_layers_with_an_activation_between():
   module = mlp.make(in_features=6, num_outputs=2, widths=(5, 4), activation="tanh", rngs=nnx.Rngs(0))
   x = X.reshape(16, 6)
-  for dense in module.hidden:
-    x = np.tanh(x @ np.asarray(dense.kernel[...]) + np.asarray(dense.bias[...]))
+  for layer in (module.first, *module.blocks):
+    x = np.tanh(x @ np.asarray(layer.dense.kernel[...]) + np.asarray(layer.dense.bias[...]))
   np.testing.assert_allclose(module.features(jnp.asarray(X)), x, rtol=1e-4, atol=1e-5)
 
 
@@ -55,13 +55,13 @@ def test_batch_statistics_are_running_means_of_the_batches():
   module = normed()
   mean, var = np.zeros(4), np.ones(4)
   for batch in (X, 2 * X + 1):
-    hidden = batch.reshape(16, 6) @ np.asarray(module.hidden[0].kernel[...])
+    hidden = batch.reshape(16, 6) @ np.asarray(module.first.dense.kernel[...])
     mean, var = 0.9 * mean + 0.1 * hidden.mean(0), 0.9 * var + 0.1 * hidden.var(0)
     features = module.features(jnp.asarray(batch), train=True)
     normalised = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)
     np.testing.assert_allclose(features, np.maximum(normalised, 0), rtol=1e-3, atol=1e-4)
-  np.testing.assert_allclose(module.norms[0].mean[...], mean, rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(module.norms[0].var[...], var, rtol=1e-4)
+  np.testing.assert_allclose(module.first.norm.mean[...], mean, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(module.first.norm.var[...], var, rtol=1e-4)
   evaluated = np.maximum((hidden - mean) / np.sqrt(var + 1e-5), 0)
   np.testing.assert_allclose(module.features(jnp.asarray(batch)), evaluated, rtol=1e-3, atol=1e-4)
 

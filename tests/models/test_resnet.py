@@ -27,7 +27,7 @@ def test_sizes_are_the_published_ones(depth, count):
 
 
 def test_a_bottleneck_strides_in_its_3x3_convolution():
-  first_of_second_stage = build(depth=50).stages[1][0]
+  first_of_second_stage = build(depth=50).stages[1].first
   found = [(conv.kernel_size, conv.strides) for conv in first_of_second_stage.convs]
   assert found == [((1, 1), (1, 1)), ((3, 3), (2, 2)), ((1, 1), (1, 1))]
   assert first_of_second_stage.project.strides == (2, 2)
@@ -51,7 +51,7 @@ def test_a_block_starts_as_its_skip():
 
 def test_convolutions_start_with_the_variance_of_he():
   module = resnet.make(num_classes=3, stages=(1,), width=32, stem="small", rngs=nnx.Rngs(0))
-  np.testing.assert_allclose(np.std(module.stages[0][0].convs[0].kernel[...]), np.sqrt(2 / (9 * 32)), rtol=0.03)
+  np.testing.assert_allclose(np.std(module.stages[0].first.convs[0].kernel[...]), np.sqrt(2 / (9 * 32)), rtol=0.03)
 
 
 def test_a_batch_over_eight_devices_has_the_statistics_and_gradients_of_one():
