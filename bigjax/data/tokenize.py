@@ -1,0 +1,217 @@
+"""Text into a token store, in as many processes as there are cores; killed at any moment, it goes on.
+
+Documents are cut into parts by where they lie in the files, a part becomes a shard, and a shard that is whole has a
+`.json` beside it, moved into place last. So the store is the same byte for byte, whoever made its shards and
+however often that was interrupted; and to go on is to look which shards there are.
+"""
+
+import concurrent.futures
+import concurrent.futures.process
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from bigjax.data import documents, token_store, tokenizers
+from bigjax.errors import UserError
+
+_BATCH = 2**22  # Characters that are encoded at once; what the libraries return takes a hundred bytes a token.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+  """What makes a shard of a part, in any process."""
+
+  out: pathlib.Path
+  inputs: documents.Inputs
+  dtype: str
+  before: tuple[int, ...]  # Control tokens around each document.
+  after: tuple[int, ...]
+
+
+def tokenize(
+  inputs: documents.Inputs,
+  out: str,
+  tokenizer: tokenizers.Tokenizer,
+  *,
+  bos: str = "none",
+  eos: str = "auto",
+  shard_mb: float = 256,
+  workers: int | None = None,
+  tell: Callable[[str], None] = lambda line: None,
+) -> token_store.Store:
+  """Makes a token store, or goes on making it; returns it, opened.
+
+  Args:
+    inputs: What to read.
+    out: The folder.
+    tokenizer: What to encode with; its files are kept in the store.
+    bos: Control token before each document, by name; `auto` is the vocabulary's own, if any, `none` is none.
+    eos: Control token after each document, likewise.
+    shard_mb: About how many megabytes of input a shard is made of.
+    workers: Processes, or threads if there is one shard; one a core if None.
+    tell: Is called with a line on how far it is, now and then.
+
+  Raises:
+    UserError: A file can't be read, or the folder holds something else than a part of this very store.
+  """
+  if shard_mb <= 0 or (workers is not None and workers < 1):
+    raise UserError(f"shard_mb={shard_mb} and workers={workers} must be above 0.")
+  place = pathlib.Path(out).expanduser()
+  around = {name: tokenizers.role(tokenizer, name, choice) for name, choice in (("bos", bos), ("eos", eos))}
+  parts = inputs.parts(max(1, int(shard_mb * 1e6)))
+  dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+  description = {
+    "format": token_store.FORMAT,
+    "vocabulary": tokenizer.digest,
+    "vocab_size": tokenizer.vocab_size,
+    "dtype": dtype,
+    **around,
+    "inputs": dataclasses.asdict(inputs),
+    "files": {} if inputs.tfds else {file: _state(file) for file in inputs.files()},
+    "parts": len(parts),
+    "shard_mb": shard_mb,
+  }
+  description = json.loads(json.dumps(description))
+  if _begun(place, description) == "finished":
+    return token_store.open_store(out)
+  place.mkdir(parents=True, exist_ok=True)
+  _write(place / "job.json", description)
+  tokenizer.save(place / "tokenizer")
+  tokens = {name: () if token is None else (token,) for name, token in around.items()}
+  job = _Job(place, inputs, dtype, tokens["bos"], tokens["eos"])
+  missing = [i for i in range(len(parts)) if not (place / f"{i:05}.json").is_file()]
+  done, began = 0, time.monotonic()
+  for shard in _made(job, tokenizer, {i: parts[i] for i in missing}, workers or os.cpu_count() or 1):
+    done += shard["bytes"]
+    tell(
+      f"{shard['name']} of {len(parts)}: {shard['tokens']:,} tokens; {done / 1e6 / (time.monotonic() - began):.1f} MB/s"
+    )
+  shards = [json.loads((place / f"{i:05}.json").read_text()) for i in range(len(parts))]
+  shards = [{k: v for k, v in shard.items() if k != "name"} for shard in shards]
+  _write(place / "index.json", {**description, "shards": shards})
+  for i in range(len(parts)):
+    (place / f"{i:05}.json").unlink()
+  (place / "job.json").unlink()
+  return token_store.open_store(out)
+
+
+def _state(file: str) -> list[int]:
+  found = os.stat(file)
+  return [found.st_size, found.st_mtime_ns]
+
+
+def _begun(place: pathlib.Path, description: dict[str, Any]) -> str:
+  """Returns "no", "begun" or "finished"; raises if what is there is something else."""
+  for name, state in (("index.json", "finished"), ("job.json", "begun")):
+    if (place / name).is_file():
+      there = json.loads((place / name).read_text(encoding="utf-8"))
+      differing = [key for key, value in description.items() if there.get(key) != value]
+      if differing:
+        shown = "; ".join(
+          f"{key}: {_short(there.get(key))} there, {_short(description[key])} here" for key in differing
+        )
+        raise UserError(f"{str(place)!r} holds another token store ({shown}). Take another folder, or delete it.")
+      return state
+  if place.is_dir() and any(file.name != "job.json.new" for file in place.iterdir()):
+    raise UserError(f"{str(place)!r} holds something else. Take another folder.")
+  return "no"
+
+
+def _short(value: Any) -> str:
+  text = json.dumps(value)
+  return text if len(text) < 60 else text[:56] + "..."
+
+
+def _made(job: _Job, tokenizer, parts: dict[int, Any], workers: int) -> Iterator[dict[str, Any]]:
+  """Makes the shards, and yields what is known of each when it is done."""
+  processes = min(workers, len(parts))
+  if processes <= 1:
+    for i, part in parts.items():
+      yield _shard(job, tokenizer, i, part)
+    return
+  # What the libraries do in threads is shared out among the processes.
+  threads = {"RAYON_NUM_THREADS": str(max(1, workers // processes)), "TOKENIZERS_PARALLELISM": "true"}
+  pool = concurrent.futures.ProcessPoolExecutor(
+    processes, multiprocessing.get_context("spawn"), initializer=os.environ.update, initargs=(threads,)
+  )
+  try:
+    waiting = [pool.submit(_shard_elsewhere, job, i, part) for i, part in parts.items()]
+    for found in concurrent.futures.as_completed(waiting):
+      yield found.result()
+  except concurrent.futures.process.BrokenProcessPool as e:
+    raise UserError(
+      "a process was killed from outside, as happens when memory runs out. The same command goes on; try --workers="
+      f"{max(1, processes // 2)}."
+    ) from e
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def _shard_elsewhere(job: _Job, i: int, part) -> dict[str, Any]:
+  return _shard(job, _load(str(job.out / "tokenizer")), i, part)
+
+
+_load = functools.lru_cache(1)(tokenizers.load)
+
+
+def _shard(job: _Job, tokenizer: tokenizers.Tokenizer, i: int, part) -> dict[str, Any]:
+  """Writes a shard's files, and last what is known of them."""
+  digest, ends = hashlib.sha256(), [(0, 0)]
+  with open(job.out / f"{i:05}.tokens", "wb") as file:
+    for tokens, count in _encoded(job, tokenizer, job.inputs.read(part)):
+      data = tokens.astype(job.dtype).tobytes()
+      file.write(data)
+      digest.update(data)
+      ends.append((ends[-1][0] + len(tokens), ends[-1][1] + count))
+    file.flush()
+    os.fsync(file.fileno())
+  table = np.array(ends, "<i8").tobytes()
+  (job.out / f"{i:05}.documents").write_bytes(table)
+  shard = {
+    "name": f"{i:05}",
+    "tokens": ends[-1][0],
+    "documents": len(ends) - 1,
+    "bytes": ends[-1][1],
+    "sha256": {"tokens": digest.hexdigest(), "documents": hashlib.sha256(table).hexdigest()},
+  }
+  _write(job.out / f"{i:05}.json", shard)
+  return shard
+
+
+def _encoded(job: _Job, tokenizer, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
+  """Yields the tokens of each document and its number of bytes, a batch encoded at a time."""
+  before, after = np.array(job.before, np.int32), np.array(job.after, np.int32)
+  waiting: list[tuple[int, int]] = []  # Pieces and bytes of documents.
+  pieces: list[str] = []
+  size = 0
+
+  def flush():
+    found = iter(tokenizer.encode(pieces))
+    for count, length in waiting:
+      yield np.concatenate([before, *(next(found) for _ in range(count)), after]), length
+
+  for text in texts:
+    cut = list(documents.cut(text))
+    pieces += cut
+    waiting.append((len(cut), len(text) if text.isascii() else len(text.encode())))
+    size += len(text)
+    if size >= _BATCH:
+      yield from flush()
+      waiting, pieces, size = [], [], 0
+  yield from flush()
+
+
+def _write(path: pathlib.Path, content: Any) -> None:
+  """Writes JSON at once: whole, or not at all."""
+  draft = path.with_name(path.name + ".new")
+  draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+  os.replace(draft, path)
