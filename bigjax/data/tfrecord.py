@@ -80,7 +80,7 @@ def _offsets(folder: str, lengths: dict[str, int]) -> dict[str, np.ndarray]:
   with ThreadPoolExecutor(8) as pool:
     offsets = list(pool.map(_scan, lengths, lengths.values()))
   for place in places:
-    if _store(place, state=state, offsets=np.concatenate(offsets)):
+    if write_arrays(place, state=state, offsets=np.concatenate(offsets)):
       break
   return dict(zip(lengths, offsets))
 
@@ -97,7 +97,7 @@ def _scan(file: str, length: int) -> np.ndarray:
   return np.array(offsets, np.int64)
 
 
-def _store(place: pathlib.Path, **arrays: np.ndarray) -> bool:
+def write_arrays(place: pathlib.Path, **arrays: np.ndarray) -> bool:
   """Writes `place` at once, whoever else writes it too; False where that is not allowed."""
   try:
     place.parent.mkdir(parents=True, exist_ok=True)
