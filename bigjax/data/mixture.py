@@ -2,7 +2,8 @@
 
 The stream is cut into blocks. Each source has the same number of places in every block, by largest remainder, and a
 permutation of (seed, block) says which. So how often a source came before any position is a product, not a
-count: the mixture is as stateless as its parts. Each part goes through its own epochs.
+count, and a sum of a few where proportions change on the way: the mixture is as stateless as its parts. Each part goes
+through its own epochs.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ class Mixture:
   """Sources after another by id, among each other in training."""
 
   sources: tuple[Any, ...]
-  counts: np.ndarray  # Places of each source in a block.
+  counts: np.ndarray  # Places of each source in a block, [stages, sources].
+  stages: np.ndarray  # First block of each stage.
 
   def __len__(self) -> int:
     return sum(map(len, self.sources))
@@ -40,9 +42,12 @@ class Mixture:
     """Returns the epoch of its source and the id of the example at each position of the training stream."""
     blocks, places = np.divmod(positions, _BLOCK)
     slots = orders.permute(places, _BLOCK, seed, blocks)
-    ends = np.cumsum(self.counts)
-    parts = np.searchsorted(ends, slots, side="right")
-    within = blocks * self.counts[parts] + slots - (ends - self.counts)[parts]
+    stages = np.searchsorted(self.stages, blocks, side="right") - 1
+    ends = np.cumsum(self.counts, axis=1)
+    parts = (ends[stages] <= slots[:, None]).sum(axis=1)
+    counts = self.counts[stages, parts]
+    before = self._before[stages, parts] + (blocks - self.stages[stages]) * counts
+    within = before + slots - (ends[stages, parts] - counts)
     epochs, ids = np.empty_like(positions), np.empty_like(positions)
     for part in np.unique(parts):
       chosen, source = parts == part, self.sources[part]
@@ -56,6 +61,12 @@ class Mixture:
     return epochs, ids
 
   @property
+  def _before(self):
+    """Places each source had before each stage."""
+    lengths = np.diff(self.stages)[:, None]
+    return np.concatenate([np.zeros_like(self.counts[:1]), np.cumsum(self.counts[:-1] * lengths, axis=0)])
+
+  @property
   def _starts(self):
     return np.cumsum([0, *map(len, self.sources)])
 
@@ -63,30 +74,48 @@ class Mixture:
     return np.searchsorted(self._starts, ids, side="right") - 1
 
 
-def make(sources: tuple[Annotated[Any, "data"], ...], *, weights: tuple[float, ...]) -> Mixture:
+def make(
+  sources: tuple[Annotated[Any, "data"], ...],
+  *,
+  weights: tuple[float, ...],
+  changes: tuple[tuple[int, tuple[float, ...]], ...] = (),
+) -> Mixture:
   """Mixes sources.
 
   Args:
     sources: Each `dict(name=..., ...)` in a config; all must have the same features.
     weights: How much of the stream comes from each, whatever their sizes and sum.
+    changes: Other weights from some position of the stream on, in examples, in order: `((2_000_000, (0.5, 0.5)),)`.
+      They take effect within the 4,096 examples that follow. A weight may be 0 where it isn't always.
   """
-  if not sources or len(weights) != len(sources):
-    raise UserError(f"weights: {len(weights)} of them for {len(sources)} sources; give one for each.")
-  if min(weights) <= 0:
-    raise UserError(f"weights: {weights} must all be above 0; leave out a source that isn't wanted.")
-  counts = _largest_remainder(np.array(weights, np.float64))
-  if counts.min() == 0:
-    part = int(counts.argmin())
-    raise UserError(
-      f"weights: {weights[part]} of {sum(weights)} is less than 1 in {2 * _BLOCK}: none of it would be seen."
-    )
+  stages = ((0, weights), *changes)
+  for where, (position, given) in zip(["weights", *(f"changes[{i}]" for i in range(len(changes)))], stages):
+    if not sources or len(given) != len(sources):
+      raise UserError(f"{where}: {len(given)} of them for {len(sources)} sources; give one for each.")
+    if min(given) < 0 or max(given) <= 0 or (not changes and min(given) == 0):
+      raise UserError(f"{where}: {given} must all be above 0; leave out a source that isn't wanted.")
+    if position < 0:
+      raise UserError(f"{where}: the position {position} is below 0.")
+  starts = np.array([-(-position // _BLOCK) for position, _ in stages], np.int64)
+  if (np.diff(starts) < 1).any():
+    shown = ", ".join(str(position) for position, _ in changes)
+    raise UserError(f"changes: at {shown}; they must come in order, {_BLOCK} examples apart and from the start.")
+  for part in range(len(sources)):
+    if not any(given[part] for _, given in stages):
+      raise UserError(
+        f"weights: number {part} (counted from 0) is never above 0; leave out a source that isn't wanted."
+      )
+  counts = np.stack([_largest_remainder(np.array(given, np.float64)) for _, given in stages])
+  for (_, given), count in zip(stages, counts):
+    if unseen := [weight for weight, places in zip(given, count) if weight and not places]:
+      raise UserError(f"weights: {unseen[0]} of {sum(given)} is less than 1 in {2 * _BLOCK}: none of it would be seen.")
   kinds = [{name: (v.shape[1:], str(v.dtype)) for name, v in s.fetch(np.zeros(1, np.int64)).items()} for s in sources]
   for i, kind in enumerate(kinds):
     if kind != kinds[0]:
       names = sorted(name for name in kind.keys() | kinds[0].keys() if kind.get(name) != kinds[0].get(name))
       shown = "; ".join(f"{name}: {_shown(kinds[0].get(name))} and {_shown(kind.get(name))}" for name in names)
       raise UserError(f"sources: the features of the first and of number {i} (counted from 0) differ: {shown}.")
-  return Mixture(tuple(sources), counts)
+  return Mixture(tuple(sources), counts, starts)
 
 
 def _largest_remainder(weights):
