@@ -416,6 +416,16 @@ def constrain(x: jax.Array, *words: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
 
 
+def spread(x: jax.Array) -> jax.Array:
+  """Splits the last dimension over as many devices as it can be, so that none of them makes all of `x`."""
+  mesh = current().mesh
+  if mesh is None:
+    return x
+  fits = lambda axes: x.shape[-1] % math.prod(mesh.shape[a] for a in axes) == 0
+  axes = next(mesh.axis_names[i:] for i in range(len(mesh.axis_names) + 1) if fits(mesh.axis_names[i:]))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*[None] * (x.ndim - 1), axes)))
+
+
 def words(given: Mapping[str, str | Sequence[str] | None]) -> dict[str, tuple[str, ...]]:
   """Returns the words of activations, some of them mapped anew by a config.
 
