@@ -26,7 +26,8 @@ _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 _ENDS = {"line": re.compile(rb"\n"), "paragraph": re.compile(rb"\n\r?\n(?=[^\r\n])")}
 _PIECE = 2**16  # Characters.
 # Where words end for every pattern in use: after a lone end of a line, before a lone space.
-_CUT_LINE, _CUT_SPACE = re.compile(r"(?<=\S)\n(?=[^\s/])"), re.compile(r"(?<=\S)(?= \S)")
+_LINE, _SPACE = r"(?<=\S)\n(?=[^\s/])", r"(?<=\S)(?= \S)"
+_CUT_LINE, _CUT_SPACE, _CUT_ANY = re.compile(_LINE), re.compile(_SPACE), re.compile(f"{_LINE}|{_SPACE}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +224,8 @@ def cut(text: str) -> Iterator[str]:
   """
   start = 0
   while len(text) - start > 2 * _PIECE:
-    reach = slice(start + _PIECE, start + 2 * _PIECE)
-    found = _CUT_LINE.search(text, reach.start, reach.stop) or _CUT_SPACE.search(text, reach.start, reach.stop)
+    first, last = start + _PIECE, start + 2 * _PIECE
+    found = _CUT_LINE.search(text, first, last) or _CUT_SPACE.search(text, first, last) or _CUT_ANY.search(text, last)
     if not found:
       break
     yield text[start : found.end()]

@@ -82,7 +82,7 @@ class Tokenizer:
     """
     return self._encode(texts, special)
 
-  def decode(self, tokens: Iterable[int]) -> str:
+  def decode(self, tokens: Iterable[int] | np.ndarray) -> str:
     """Returns the text that tokens stand for, control tokens by name; bytes that are no UTF-8 as U+FFFD."""
     return self._decode([int(token) for token in tokens])
 
