@@ -163,10 +163,12 @@ def _reference(rule, order, query, key, value, tokens, key_tokens, prefix, drop)
   if drop is not None:
     kept = masks.keep(rule, drop, tokens, key_tokens, heads // kv_heads)
     dropped = jnp.where(kept, weights / (1 - rule.dropout_rate), 0)
-  out = jnp.einsum("bhgqk,bhkd->bhgqd", dropped.astype(value.dtype), value, preferred_element_type=jnp.float32)
-  out = out / weights.sum(axis=-1, keepdims=True)
-  if not _everyone_sees_a_key(order, query.shape[3], key.shape[2], key_tokens):
-    out = jnp.where(largest > blockwise.EMPTY, out, 0)
+  rows = lambda x: x.reshape(batch, kv_heads, -1, x.shape[-1])
+  out = jnp.einsum("bhqk,bhkd->bhqd", rows(dropped).astype(value.dtype), value, preferred_element_type=jnp.float32)
+  out = out / rows(weights).sum(axis=-1, keepdims=True)
+  if not _everyone_sees_a_key(order, seq, key.shape[2], key_tokens):
+    out = jnp.where(rows(largest) > blockwise.EMPTY, out, 0)
+  out = out.reshape(batch, kv_heads, heads // kv_heads, seq, -1)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, -1).astype(value.dtype)
 
 
