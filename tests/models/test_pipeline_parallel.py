@@ -16,6 +16,7 @@ from bigjax.errors import UserError
 from bigjax.models import pipeline
 
 DEPTH, BATCH, SEQ, WIDTH, HIDDEN = 8, 16, 6, 16, 32
+SWAPPED = (1, 0, *range(2, DEPTH))
 
 
 def layout(microbatches, repeats=1, **axes):
@@ -89,6 +90,12 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_pipeline_is_the_scan_over_layers_in_values_and_gradients(name):
   assert_same(evaluate(functools.partial(piped, LAYOUTS[name])), plain())
+
+
+def test_two_layers_in_each_others_place_are_noticed():
+  swapped = lambda layer, blocks, *rest: scanned(layer, jax.tree.map(lambda a: a[jnp.array(SWAPPED)], blocks), *rest)
+  with pytest.raises(AssertionError, match="Not equal to tolerance"):
+    assert_same(evaluate(swapped), plain())
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
