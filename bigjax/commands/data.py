@@ -86,7 +86,7 @@ def _add_text(commands: Any) -> None:
   one.add_argument("--pattern", help="of a tiktoken file that isn't known: as of `bigjax data tokenizer`")
   one.add_argument("--bos", default="none", help="control token before each document: a name, auto or none")
   one.add_argument("--eos", default="auto", help="control token after each document: a name, auto or none")
-  one.add_argument("--shard_mb", type=float, default=256, help="megabytes of input a shard is made of, about")
+  one.add_argument("--shard_mb", type=float, default=256.0, help="megabytes of input a shard is made of, about")
   one.add_argument("--workers", type=int, help="processes; one a core unless given")
 
   text = "read a token store whole and compare it with its checksums"

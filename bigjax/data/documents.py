@@ -23,7 +23,7 @@ Boundary = Literal["file", "paragraph", "line"]
 
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}  # Anything else is text.
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
-_ENDS = {"line": re.compile(rb"\n"), "paragraph": re.compile(rb"\n\r?\n(?=[^\r\n])")}
+_ENDS = {"line": re.compile(rb"\n"), "paragraph": re.compile(rb"(?<=[^\r\n])\r?\n\r?\n[\r\n]*(?=[^\r\n])")}
 _PIECE = 2**16  # Characters.
 # Where words end for every pattern in use: after a lone end of a line, before a lone space.
 _LINE, _SPACE = r"(?<=\S)\n(?=[^\s/])", r"(?<=\S)(?= \S)"
@@ -191,9 +191,7 @@ class Inputs:
       for batch in file.iter_batches(1024, row_groups=groups, columns=[self.field]):
         for text in batch.column(0).to_pylist():
           if not isinstance(text, str):
-            raise UserError(
-              f"{piece.path!r}: the column {self.field!r} holds {text!r}, which is no text. Drop the row."
-            )
+            raise UserError(f"{piece.path!r}: the column {self.field!r} holds {text!r}, not text: drop the row.")
           yield text
 
   def _source(self) -> Any:

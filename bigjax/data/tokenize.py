@@ -44,7 +44,7 @@ def tokenize(
   *,
   bos: str = "none",
   eos: str = "auto",
-  shard_mb: float = 256,
+  shard_mb: float = 256.0,
   workers: int | None = None,
   tell: Callable[[str], None] = lambda line: None,
 ) -> token_store.Store:
@@ -138,11 +138,8 @@ def _made(job: _Job, tokenizer, parts: dict[int, Any], workers: int) -> Iterator
     for i, part in parts.items():
       yield _shard(job, tokenizer, i, part)
     return
-  # What the libraries do in threads is shared out among the processes.
-  threads = {"RAYON_NUM_THREADS": str(max(1, workers // processes)), "TOKENIZERS_PARALLELISM": "true"}
-  pool = concurrent.futures.ProcessPoolExecutor(
-    processes, multiprocessing.get_context("spawn"), initializer=os.environ.update, initargs=(threads,)
-  )
+  context = multiprocessing.get_context("spawn")  # A process that has threads must not fork.
+  pool = concurrent.futures.ProcessPoolExecutor(processes, context, _share_threads, (workers // processes,))
   try:
     waiting = [pool.submit(_shard_elsewhere, job, i, part) for i, part in parts.items()]
     for found in concurrent.futures.as_completed(waiting):
@@ -154,6 +151,11 @@ def _made(job: _Job, tokenizer, parts: dict[int, Any], workers: int) -> Iterator
     ) from e
   finally:
     pool.shutdown(cancel_futures=True)
+
+
+def _share_threads(count: int) -> None:
+  """Leaves the libraries in this process so many threads of their own."""
+  os.environ.update(RAYON_NUM_THREADS=str(count), TOKENIZERS_PARALLELISM="true")
 
 
 def _shard_elsewhere(job: _Job, i: int, part) -> dict[str, Any]:
