@@ -148,7 +148,7 @@ def _kept(file, room):
   if not file.is_file():
     return None
   try:
-    with np.load(file) as arrays:  # Its checksums are looked at.
+    with open(file, "rb") as data, np.load(data) as arrays:  # Its checksums are looked at.
       return packing.Packing(room, arrays["rows"], arrays["starts"], arrays["lengths"])
   except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
     return None

@@ -95,3 +95,42 @@ def test_what_does_not_mix_says_why():
     mixture.make((a, a), weights=(1.0, 0.0))
   with pytest.raises(UserError, match="less than 1 in 8192"):
     mixture.make((a, a), weights=(1.0, 1e-5))
+
+
+def test_weights_change_where_they_are_told_to_and_each_source_goes_on():
+  sources = tuple(Numbers(10_000 * i, n) for i, n in enumerate((50, 500)))
+  source = mixture.make(sources, weights=(3.0, 1.0), changes=((4097, (1.0, 1.0)), (4 * 4096, (0.0, 1.0))))
+  epochs, labels = stream(source, np.arange(6 * 4096))
+  shares = (labels // 10_000).reshape(6, 4096).mean(axis=1).tolist()
+  assert shares == [0.25, 0.25, 0.5, 0.5, 1, 1]  # From the first whole block on.
+  for part, size in enumerate((50, 500)):
+    own, visits = labels[labels // 10_000 == part] % 10_000, epochs[labels // 10_000 == part]
+    for epoch in range(len(own) // size):
+      assert sorted(own[visits == epoch]) == list(range(size))
+  some = np.array([23_000, 4096, 8192, 4095, 16_384])
+  np.testing.assert_array_equal(stream(source, some)[1], labels[some])
+
+
+def test_a_mixture_that_never_changes_is_the_same_with_a_change_that_changes_nothing():
+  sources = tuple(Numbers(10_000 * i, n) for i, n in enumerate((50, 500)))
+  plain = mixture.make(sources, weights=(3.0, 1.0))
+  changing = mixture.make(sources, weights=(3.0, 1.0), changes=((8192, (3.0, 1.0)),))
+  positions = np.arange(20_000)
+  for a, b in zip(stream(plain, positions), stream(changing, positions)):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (((4096, (1.0,)),), r"changes\[0\]: 1 of them for 2 sources"),
+    (((4096, (0.0, 0.0)),), r"changes\[0\]: \(0\.0, 0\.0\) must all be above 0"),
+    (((-1, (1.0, 1.0)),), r"changes\[0\]: the position -1 is below 0"),
+    (((5, (1.0, 1.0)), (6, (1.0, 1.0))), r"changes: at 5, 6; they must come in order, 4096 examples apart"),
+    (((0, (1.0, 1.0)),), r"changes: at 0"),
+    (((4096, (1e9, 1.0)),), r"is less than 1 in 8192"),
+  ],
+)
+def test_changes_that_make_no_sense_say_why(changes, message):
+  with pytest.raises(UserError, match=message):
+    mixture.make((Numbers(0, 5), Numbers(5, 5)), weights=(1.0, 1.0), changes=changes)
