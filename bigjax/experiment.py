@@ -166,9 +166,11 @@ class TrainConfig:
     object.__setattr__(self, "model", precision.computing(self.model, self.precision))
 
 
-# A run may go on under a config that differs in these: they don't change what is computed.
+# A run may go on under a config that differs in these: they don't change what is computed, but for the order of sums
+# and, in a pipeline, what dropout draws.
 OBSERVING = ("evals", "log_every", "checkpoint_every", "keep", "early_stop", "writers", "claim")
 OBSERVING += ("mesh", "sharding", "activations", "sequence", "pipeline")
+OBSERVING += ("model.scan", "model.remat", "model.attention", "task.loss_chunks")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ def open_workdir(workdir: str, described: Mapping[str, Any], free: Sequence[str]
   Args:
     workdir: The directory of the run.
     described: The config, as `config.describe` gives it.
-    free: Top-level keys that may differ from the recorded ones.
+    free: Keys that may differ from the recorded ones, and all within them.
   """
   if "://" in workdir:
     raise UserError(f"--workdir={workdir}: only folders can be written; mount the bucket and name the folder.")
@@ -46,7 +46,8 @@ def open_workdir(workdir: str, described: Mapping[str, Any], free: Sequence[str]
     ) from e
   file = os.path.join(workdir, "config.json")
   if os.path.exists(file) and _has_results(workdir):
-    changes = [c for c in configs.diff(read_config(workdir), described) if c[0].split(".")[0] not in free]
+    may = lambda key: any(key == name or key.startswith(f"{name}.") for name in free)
+    changes = [c for c in configs.diff(read_config(workdir), described) if not may(c[0])]
     if changes:
       lines = "\n".join(f"  {k}: {_show(a)} -> {_show(b)}" for k, a, b in changes[:20])
       raise UserError(

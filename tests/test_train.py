@@ -393,3 +393,21 @@ def test_a_mixture_of_sources_is_a_source(tmp_path):
   mixed = dict(source=dict(name="mixture", sources=[source(0), source(1)], weights=[0.75, 0.25]))
   train.train(tiny(data=mixed), str(tmp_path))
   assert record.read_run(str(tmp_path))["examples"] == 80
+
+
+def test_a_run_goes_on_with_its_layers_in_another_form_on_another_mesh(tmp_path):
+  vit = dict(name="vit", image_size=4, channels=1, num_classes=3, patch_size=2, width=16, depth=2, heads=2, mlp_dim=32)
+  unbroken, broken = str(tmp_path / "unbroken"), str(tmp_path / "broken")
+  train.train(tiny(model=vit, evals={}), unbroken)
+  train.train(tiny(model=vit, evals={}), broken)
+  # As if it had been stopped at step 8.
+  shutil.rmtree(os.path.join(broken, "checkpoints", "00000012"))
+  train.train(tiny(model=vit, evals={}, keep=dict(last=3)), str(tmp_path / "source"))
+  shutil.copytree(tmp_path / "source" / "checkpoints" / "00000008", os.path.join(broken, "checkpoints", "00000008"))
+  scanned = tiny(
+    model=vit | dict(scan=True, remat="full"), evals={}, mesh=(("data", 4), ("pipe", 2)), sharding="fsdp+pipe"
+  )
+  train.train(scanned, broken)
+  losses = [[row["loss"] for row in rows(workdir) if "loss" in row] for workdir in (unbroken, broken)]
+  assert len(losses[1]) == 12
+  np.testing.assert_allclose(*losses, rtol=2e-5)
