@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bigjax import sharding
@@ -144,7 +145,8 @@ def _drop(key, examples, heads, first_example=0, first_head=0):
 def _local(rule, backend, order, query, key, value, tokens, key_tokens, prefix, drop):
   """Attention whose sequence is whole here."""
   compute = {"reference": _reference, "chunked": _chunked, "jax": _jax_nn, "splash": _splash}[backend]
-  return compute(rule, order, query, key, value, tokens, key_tokens, prefix, drop)
+  out = compute(rule, order, query, key, value, tokens, key_tokens, prefix, drop)
+  return out if backend == "chunked" else checkpoint_name(out, "attention")  # That one has named what it keeps.
 
 
 def _reference(rule, order, query, key, value, tokens, key_tokens, prefix, drop):

@@ -232,7 +232,7 @@ class SelfAttention(nnx.Module):
     query, key_, value = (sharding.constrain(qkv[:, :, :, i], "batch", "seq", "heads", None) for i in range(3))
     how = dict(causal=self.causal, balanced=self.causal, segments=segments)
     out = attend(query, key_, value, dropout_rate=self.dropout, dropout_key=key, **how)
-    return self.out(checkpoint_name(out.reshape(x.shape), "attention"))
+    return self.out(out.reshape(x.shape))
 
 
 class Mlp(nnx.Module):
