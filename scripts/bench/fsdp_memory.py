@@ -6,10 +6,10 @@ Hardware  8 fake devices on CPU; bytes are the compiler's
 
 Each device has as many examples whatever their number. Measured: what the compiled step takes as arguments, gives and
 does not take over from them, and needs besides (`memory_analysis`); and the bytes of the state that lie on a device
-after initialisation. Computed, of N devices: parameters, moments and gradients / N (leaves too small to be split whole),
-and the activations: what one device needs besides these with as many examples. Weights that are gathered for a layer
-come on top; they are the difference. Without scan it is all layers' weights, and all their gradients before they are
-summed: XLA for CPUs gathers as early as it can, and joins the sums of all gradients into one.
+after initialisation. Computed, of N devices: parameters, moments and gradients / N (leaves too small to be split are
+whole), and the activations: what one device needs besides these with as many examples. Weights that are gathered for a
+layer come on top; they are the difference. Without scan it is the weights of all layers, and all of their gradients
+before they are summed: XLA for CPUs gathers as early as it can, and joins the sums of all gradients into one.
 """
 
 import argparse

@@ -1,0 +1,111 @@
+"""What a call of the compiled step costs the host, against a bare `jax.jit` of as many arrays on as many devices.
+
+Command   python scripts/bench/dispatch.py [--layers=2,12,48] [--devices=1,2,8] [--calls=200]
+Hardware  fake devices on CPU
+
+Both take and give the state's leaves, with the same shapes, layouts and donation; the bare function adds one to each.
+Timed is what the calling thread computes until the call returns, not the work: the batch that it is given is still
+being made, so no device can start, where XLA would otherwise run a program as small as these within the call. Calls
+alternate, in one run.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bigjax import config as configs
+from bigjax import experiment, sharding, train
+from bigjax import main as entrypoint
+
+
+def built(layers, devices, scan):
+  sizes = dict(vocab_size=16, context=4, width=8, heads=1, mlp_dim=8)
+  config = dict(
+    total_steps=1,
+    batch_size=8,
+    data=dict(source=dict(name="synthetic", kind="tokens", num_examples=16, length=4, vocab_size=16)),
+    model=dict(name="gpt", depth=layers, scan=scan, **sizes),
+    task=dict(name="language_modeling"),
+    optimizer=dict(name="sgd"),
+    schedule=dict(name="constant", peak=1e-3),
+    mesh=(("data", devices),),
+    sharding="replicated",
+  )
+  return experiment.build(configs.resolve(config, experiment.TrainConfig), jax.devices()[:devices])
+
+
+def calls(run):
+  """Returns the number of leaves, and timed calls of the step and of the bare function, each on what it gave last."""
+  replicated = sharding.replicated(run.mesh)
+  with jax.set_mesh(run.mesh):
+    key = jax.device_put(jax.random.key(1), replicated)
+    batch = {k: np.zeros(v.shape, v.dtype) for k, v in run.batch.items()}
+    batch = jax.device_put(batch, sharding.batch_sharding(run.mesh))
+    state, step = run.init(jax.random.key(0)), train.compile_step(run)
+    state, measured = step(state, batch, key)
+    layouts = [x.sharding for x in jax.tree.leaves(state)]
+    leaves = [jax.device_put(np.ones(x.shape, x.dtype), x.sharding) for x in jax.tree.leaves(state)]
+
+    def add(leaves, batch, key):
+      del batch, key
+      return [x + 1 for x in leaves], {name: jnp.float32(i) for i, name in enumerate(measured)}
+
+    def late(batch, x):
+      x = jax.lax.fori_loop(0, 20, lambda _, x: x @ x, x)  # Some milliseconds of zeros.
+      return jax.tree.map(lambda b: b + x[0, 0].astype(b.dtype), batch)
+
+    bare = jax.jit(add, donate_argnums=0, out_shardings=(layouts, None))
+    late = jax.jit(late, out_shardings=sharding.batch_sharding(run.mesh))
+    zeros = jax.device_put(np.zeros((256, 256), np.float32), replicated)
+
+    def repeated(fn, carry):
+      def call():
+        nonlocal carry
+        coming = late(batch, zeros)
+        start = time.thread_time()
+        carry, measured = fn(carry, coming, key)
+        seconds = time.thread_time() - start
+        jax.block_until_ready((carry, measured))
+        return seconds
+
+      return call
+
+    return len(leaves), repeated(step, state), repeated(bare, leaves)
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  numbers = lambda text: [int(n) for n in text.split(",")]
+  parser.add_argument("--layers", type=numbers, default=[2, 12, 48])
+  parser.add_argument("--devices", type=numbers, default=[1, 2, 8])
+  parser.add_argument("--calls", type=int, default=200)
+  args = parser.parse_args()
+  entrypoint.quiet()
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", max(args.devices))
+  print("| layers | devices | leaves | step, us | bare, us | ratio (quarters) |\n| --- | --- | --- | --- | --- | --- |")
+  for layers in args.layers:
+    for scan in (True, False):
+      for devices in args.devices:
+        leaves, step, bare = calls(built(layers, devices, scan))
+        gc.disable()
+        pairs = [(step(), bare()) for _ in range(args.calls + 20)][20:]
+        gc.enable()
+        ratios = statistics.quantiles([a / b for a, b in pairs], n=4)
+        medians = [statistics.median(times) * 1e6 for times in zip(*pairs, strict=True)]
+        print(
+          f"| {layers}{', scanned' if scan else ''} | {devices} | {leaves} | {medians[0]:.0f} | {medians[1]:.0f} "
+          f"| {ratios[1]:.2f} ({ratios[0]:.2f} to {ratios[2]:.2f}) |",
+          flush=True,
+        )
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
