@@ -66,7 +66,11 @@ def options(family: Family, config: Mapping[str, Any], where: str) -> dict[str, 
   Raises:
     UserError: A key is missing, or says what there is no option for.
   """
-  get = lambda key: config[key] if config.get(key) is not None or key in config else family.defaults.get(key)
+
+  def get(key):
+    names = key.split("|")
+    return next((config[name] for name in names if name in config), family.defaults.get(names[0]))
+
   for key, values in family.only.items():
     if get(key) not in values:
       raise UserError(f"{where}: {key} = {get(key)!r} is nothing bigjax's {family.model} can do.")
@@ -253,7 +257,7 @@ def _known(architecture):
 def _config(family: Family, o: Any) -> dict[str, Any]:
   found: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
   for option, key in family.keys.items():
-    found[key] = getattr(o, option, None)
+    found[key.split("|")[0]] = getattr(o, option, None)
   names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
   key = family.keys["activation"]
   found[key] = names.get(o.activation, o.activation)
@@ -265,7 +269,7 @@ def _config(family: Family, o: Any) -> dict[str, Any]:
   resolved |= dict(expert_dim=o.expert_dim or o.mlp_dim)
   for option, value in resolved.items():
     if option in family.keys:
-      found[family.keys[option]] = value
+      found[family.keys[option].split("|")[0]] = value
   if family.architecture == DEEPSEEK_V3.architecture:
     found |= dict(num_key_value_heads=o.heads, topk_method="noaux_tc", scoring_func="sigmoid", moe_layer_freq=1)
     found |= dict(num_nextn_predict_layers=0, n_group=o.groups, topk_group=o.top_groups)

@@ -29,7 +29,7 @@ class Family:
   ignored: str = r".*\.rotary_emb\.inv_freq"  # Regex of tensors that hold nothing that is learned.
   # Of config.json.
   fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # Options that all of the family have.
-  keys: Mapping[str, str] = dataclasses.field(default_factory=dict)  # Option: its key.
+  keys: Mapping[str, str] = dataclasses.field(default_factory=dict)  # Option: its key, or the names it has had.
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # What a missing key means.
   only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)  # Values that there is a model for.
   windows: str = ""  # Which layers have the `sliding_window`: "all", "listed", or none.
@@ -152,7 +152,7 @@ QWEN3_MOE = Family(
   ),
   fixed=dict(qk_norm="head", scoring="softmax"),
   keys=_HEAD
-  | dict(experts="num_experts", top_k="num_experts_per_tok", expert_dim="moe_intermediate_size")
+  | dict(experts="num_experts|num_local_experts", top_k="num_experts_per_tok", expert_dim="moe_intermediate_size")
   | dict(normalize="norm_topk_prob", moe_every="decoder_sparse_step"),
   defaults=_DEFAULTS | dict(norm_topk_prob=False, decoder_sparse_step=1),
   only=_PLAIN | dict(use_sliding_window=(False, None), mlp_only_layers=((), [], None)),

@@ -26,7 +26,7 @@ LLAMA3 = dict(
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 GEMMA = dict(head_dim=8, query_pre_attn_scalar=9, sliding_window=5, num_hidden_layers=4)
 DEEPSEEK = SIZES | dict(
-  num_hidden_layers=3, max_position_embeddings=64, q_lora_rank=6, kv_lora_rank=8, qk_nope_head_dim=8,
+  num_key_value_heads=4, max_position_embeddings=64, q_lora_rank=6, kv_lora_rank=8, qk_nope_head_dim=8,
   qk_rope_head_dim=4, v_head_dim=6, n_routed_experts=8, n_group=4, topk_group=2, first_k_dense_replace=1,
   rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0), num_nextn_predict_layers=0, **EXPERTS,
 )  # fmt: skip
