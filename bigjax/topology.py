@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src.config import use_shardy_partitioner  # The public `jax.config` sets it for all threads at once.
 from jax.sharding import PartitionSpec as P
 
 from bigjax import sharding
@@ -34,8 +35,8 @@ PyTree = Any
 
 TOGETHER = 2**14  # Arrays of fewer elements cross the network as one.
 
-# XLA removes common subexpressions before its algebraic simplifications if there are several devices, and after them if
-# there is one: a / b / c then becomes a / (b * c) on these and not on that.
+# What is met twice decides what XLA rewrites: a / b / c becomes a / (b * c), or not. With several devices it merges
+# common subexpressions before it rewrites, and Shardy merges constants; with one device, neither. So here none does.
 OPTIONS = {"xla_disable_hlo_passes": "cse"}
 
 
@@ -119,7 +120,29 @@ class Alone:
 
   def _jit(self, function, specs, options):
     mapped = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False)
-    return jax.jit(mapped, compiler_options=OPTIONS, **options)
+    return _AsWritten(jax.jit(mapped, compiler_options=OPTIONS, **options))
+
+
+@dataclasses.dataclass(frozen=True)
+class _AsWritten:
+  """A function under `jax.jit`, or what it was lowered to, divided by XLA's older partitioner: it leaves code alone."""
+
+  of: Any
+
+  def __call__(self, *args):
+    with use_shardy_partitioner(False):
+      return self.of(*args)
+
+  def lower(self, *args) -> _AsWritten:
+    with use_shardy_partitioner(False):
+      return _AsWritten(self.of.lower(*args))
+
+  def compile(self):
+    with use_shardy_partitioner(False):
+      return self.of.compile()
+
+  def __getattr__(self, name):
+    return getattr(self.of, name)
 
 
 def shared(layout: sharding.Layout, *_) -> Shared:
