@@ -24,7 +24,6 @@ Boundary = Literal["file", "paragraph", "line"]
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}  # Anything else is text.
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 _ENDS = {"line": re.compile(rb"\n"), "paragraph": re.compile(rb"(?<=[^\r\n])\r?\n\r?\n[\r\n]*(?=[^\r\n])")}
-_PIECE = 2**16  # Characters.
 # Where words end for every pattern in use: after a lone end of a line, before a lone space.
 _LINE, _SPACE = r"(?<=\S)\n(?=[^\s/])", r"(?<=\S)(?= \S)"
 _CUT_LINE, _CUT_SPACE, _CUT_ANY = re.compile(_LINE), re.compile(_SPACE), re.compile(f"{_LINE}|{_SPACE}")
@@ -215,14 +214,15 @@ class Inputs:
         yield text.decode()
 
 
-def cut(text: str) -> Iterator[str]:
+def cut(text: str, size: int = 2**16) -> Iterator[str]:
   """Yields a long text in pieces that can be encoded apart, cut between lines, or between words where there are none.
 
-  A byte-level BPE makes the same tokens of the pieces as of the whole; SentencePiece begins each as a word.
+  A byte-level BPE makes the same tokens of the pieces as of the whole; SentencePiece begins each as a word. A piece has
+  `size` to 2 * `size` characters, and more where nothing ends.
   """
   start = 0
-  while len(text) - start > 2 * _PIECE:
-    first, last = start + _PIECE, start + 2 * _PIECE
+  while len(text) - start > 2 * size:
+    first, last = start + size, start + 2 * size
     found = _CUT_LINE.search(text, first, last) or _CUT_SPACE.search(text, first, last) or _CUT_ANY.search(text, last)
     if not found:
       break

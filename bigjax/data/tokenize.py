@@ -7,15 +7,17 @@ however often that was interrupted; and to go on is to look which shards there a
 
 import concurrent.futures
 import concurrent.futures.process
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ import numpy as np
 from bigjax.data import documents, token_store, tokenizers
 from bigjax.errors import UserError
 
-_BATCH = 2**22  # Characters that are encoded at once; what the libraries return takes a hundred bytes a token.
+_BATCH = 2**21  # Characters that are encoded at once; what the libraries return takes a hundred bytes a token.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,49 +169,69 @@ _load = functools.lru_cache(1)(tokenizers.load)
 
 def _shard(job: _Job, tokenizer: tokenizers.Tokenizer, i: int, part) -> dict[str, Any]:
   """Writes a shard's files, and last what is known of them."""
-  digest, ends = hashlib.sha256(), [(0, 0)]
-  with open(job.out / f"{i:05}.tokens", "wb") as file:
-    for tokens, count in _encoded(job, tokenizer, job.inputs.read(part)):
+  digest, sizes = hashlib.sha256(), [np.zeros((1, 2), np.int64)]
+  with open(job.out / f"{i:05}.tokens", "wb") as file, contextlib.closing(_encoded(job, tokenizer, part)) as batches:
+    for tokens, of_documents in batches:
       data = tokens.astype(job.dtype).tobytes()
       file.write(data)
       digest.update(data)
-      ends.append((ends[-1][0] + len(tokens), ends[-1][1] + count))
+      sizes.append(of_documents)
     file.flush()
     os.fsync(file.fileno())
-  table = np.array(ends, "<i8").tobytes()
+  ends = np.concatenate(sizes).cumsum(axis=0)
+  table = ends.astype("<i8").tobytes()
   (job.out / f"{i:05}.documents").write_bytes(table)
   shard = {
     "name": f"{i:05}",
-    "tokens": ends[-1][0],
+    "tokens": int(ends[-1, 0]),
     "documents": len(ends) - 1,
-    "bytes": ends[-1][1],
+    "bytes": int(ends[-1, 1]),
     "sha256": {"tokens": digest.hexdigest(), "documents": hashlib.sha256(table).hexdigest()},
   }
   _write(job.out / f"{i:05}.json", shard)
   return shard
 
 
-def _encoded(job: _Job, tokenizer, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
-  """Yields the tokens of each document and its number of bytes, a batch encoded at a time."""
+def _encoded(job: _Job, tokenizer, part) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields the tokens of many documents, and the tokens and bytes of each.
+
+  The next batch is encoded, by a library that needs no Python, while this one is used.
+  """
   before, after = np.array(job.before, np.int32), np.array(job.after, np.int32)
-  waiting: list[tuple[int, int]] = []  # Pieces and bytes of documents.
-  pieces: list[str] = []
-  size = 0
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    waiting = None
+    for pieces, counts, lengths in _batches(job, tokenizer, part):
+      encoded = pool.submit(tokenizer.encode, pieces)
+      if waiting:
+        yield _joined(waiting[0].result(), *waiting[1:], before, after)
+      waiting = encoded, counts, lengths
+    if waiting:
+      yield _joined(waiting[0].result(), *waiting[1:], before, after)
 
-  def flush():
-    found = iter(tokenizer.encode(pieces))
-    for count, length in waiting:
-      yield np.concatenate([before, *(next(found) for _ in range(count)), after]), length
 
-  for text in texts:
-    cut = list(documents.cut(text))
+def _batches(job: _Job, tokenizer, part) -> Iterator[tuple[list[str], list[int], list[int]]]:
+  """Yields pieces of documents, how many there are of each, and the bytes of each document."""
+  pieces, counts, lengths, size = [], [], [], 0
+  for text in job.inputs.read(part):
+    cut = list(documents.cut(text, tokenizer.piece))
     pieces += cut
-    waiting.append((len(cut), len(text) if text.isascii() else len(text.encode())))
+    counts.append(len(cut))
+    lengths.append(len(text) if text.isascii() else len(text.encode()))
     size += len(text)
     if size >= _BATCH:
-      yield from flush()
-      waiting, pieces, size = [], [], 0
-  yield from flush()
+      yield pieces, counts, lengths
+      pieces, counts, lengths, size = [], [], [], 0
+  if pieces:
+    yield pieces, counts, lengths
+
+
+def _joined(found, counts, lengths, before, after):
+  """Puts the pieces of documents together, and control tokens around each."""
+  sizes = np.add.reduceat([len(tokens) for tokens in found], np.cumsum([0, *counts[:-1]]))
+  if len(before) or len(after):
+    pieces = iter(found)
+    found = [one for count in counts for one in (before, *itertools.islice(pieces, count), after)]
+  return np.concatenate(found), np.stack([sizes + len(before) + len(after), lengths], axis=1)
 
 
 def _write(path: pathlib.Path, content: Any) -> None:

@@ -175,10 +175,9 @@ def test_bytes_per_token_count_utf_8():
   assert tokenizers.load("byte").bytes_per_token(["né€"]) == 1
 
 
-def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(monkeypatch, trained):
-  monkeypatch.setattr(documents, "_PIECE", 16)
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(trained):
   text = "\n".join([TEXT, "no-spaces-" * 20, "one two  three\n \nfour!\n/five"] * 4)
-  pieces = list(documents.cut(text))
+  pieces = list(documents.cut(text, 16))
   assert "".join(pieces) == text and len(pieces) > 12
   for tokenizer in (
     trained,
