@@ -365,7 +365,8 @@ def parse(text: str) -> Module:
   current = table = None
   for line in lines:
     if current is not None:
-      if line[:1] == "}":  # Of another thread: `}, execution_thread="..."`.
+      # Of another thread: `}, execution_thread="..."`. A kernel's attributes may end in a line of `}}, metadata=...`.
+      if line.rstrip() == "}" or line.startswith("}, execution_thread"):
         current = None
         continue
       while (line.count('"') - line.count('\\"')) % 2:  # The text of a custom call's kernel goes over several lines.

@@ -175,6 +175,24 @@ def test_the_older_way_of_printing_lines_is_read_too():
   assert module.entry.root.operands == ("b", "c")
 
 
+KERNEL = """HloModule m
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %x = f32[2]{0} parameter(0)
+  %kernel = f32[2]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"a":"b"
+}}, metadata={op_name="f/pallas_call"}
+  ROOT %twice = f32[2]{0} add(%kernel, %kernel)
+}
+"""
+
+
+def test_a_kernel_whose_attributes_go_over_several_lines_does_not_end_the_computation():
+  entry = hlo.parse(KERNEL).entry
+  assert list(entry.instructions) == ["x", "kernel", "twice"]
+  assert entry.instructions["kernel"].op_name == "f/pallas_call"
+
+
 def test_what_is_no_hlo_is_refused():
   with pytest.raises(ValueError, match="no text of an HLO module"):
     hlo.parse("module @jit_f {}")
