@@ -10,6 +10,7 @@ the periods leave over.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -19,7 +20,9 @@ from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from bigjax import sharding
 from bigjax.errors import UserError
+from bigjax.models import cache as caches
 from bigjax.models import layers, moe, ring
+from bigjax.models.cache import Cache, Layer
 from bigjax.models.decoder_block import Block, Kind, Options, make_norm
 from bigjax.models.decoder_sizes import VARIANTS
 
@@ -42,17 +45,29 @@ class Period(nnx.Module):
 
   def __call__(self, x: Array, *, key=None, drop_rate=None, **arrays: Array) -> tuple[Array, dict[str, Array]]:
     del drop_rate
-    keys, found, seen = layers.subkeys(key, len(self.kinds)), [], {True: 0, False: 0}
-    for kind, layer_key in zip(self.kinds, keys):
-      apart = self.dense_blocks is not None and not kind.routed
-      block = _at(seen[apart], self.dense_blocks if apart else self.blocks)
-      seen[apart] += 1
+    keys, found = layers.subkeys(key, len(self.kinds)), []
+    for kind, block, layer_key in zip(self.kinds, self._each(), keys):
       layer = lambda x, block, key, arrays, kind=kind: block(x, local=kind.local, key=key, **arrays)
       if (policy := layers.remat_policy(self.remat)) is not None:
         layer = jax.checkpoint(layer, policy=policy)
       x, aux = layer(x, block, layer_key, arrays)
       found += [aux] if aux else []
     return x, jax.tree.map(lambda *a: jnp.stack(a), *found) if found else {}
+
+  def extend(self, x: Array, kept: Sequence[Layer], **arrays: Array) -> tuple[Array, list[Layer]]:
+    """The same for more tokens after those in a cache; returns each layer's cache with them."""
+    after = []
+    for kind, block, layer in zip(self.kinds, self._each(), kept, strict=True):
+      x, aux = block(x, local=kind.local, cache=layer, **arrays)
+      after.append(aux["cache"])
+    return x, after
+
+  def _each(self):
+    seen = {True: 0, False: 0}
+    for kind in self.kinds:
+      apart = self.dense_blocks is not None and not kind.routed
+      yield _at(seen[apart], self.dense_blocks if apart else self.blocks)
+      seen[apart] += 1
 
 
 def _at(index, blocks):
@@ -113,11 +128,7 @@ class Decoder(nnx.Module):
     tokens, segments = ring.balance(tokens), None if segments is None else ring.balance(segments)
 
     embed_key, *keys = layers.subkeys(layers.training_key(key, train, o.dropout), 4)
-    x = self.token_embed(tokens)
-    if o.embed_scale:
-      x = x * jnp.asarray(o.width**0.5, x.dtype)
-    if self.position_embed is not None:
-      x = x + self.position_embed(positions)
+    x = self._embed(tokens, positions)
     x = sharding.constrain(layers.dropout(x, o.dropout, embed_key), "batch", "seq", "embed")
     if sharding.current().size("stage") > 1:  # A pipeline takes the examples of a microbatch out of each array.
       positions = jnp.broadcast_to(positions, tokens.shape)
@@ -140,6 +151,47 @@ class Decoder(nnx.Module):
     penalties = {name: weight * total(name) for name, weight in weights.items() if weight}
     return ring.unbalance(self.norm(x).astype(o.compute)), penalties
 
+  def _embed(self, tokens, positions):
+    x = self.token_embed(tokens)
+    if self.options.embed_scale:
+      x = x * jnp.asarray(self.options.width**0.5, x.dtype)
+    return x if self.position_embed is None else x + self.position_embed(positions)
+
+  def empty_cache(self, padding: Int[Array, " batch"], slots: int, dtype: str | None = None) -> Cache:
+    """Returns a cache for `slots` tokens a row, of which the first `padding` will be padding; see `cache.empty`."""
+    o = self.options
+    kinds, count, last = _periods(o)
+    one = lambda kinds, stack=None: [(o.keeps, o.window if kind.local else None, stack) for kind in kinds]
+    main = one(kinds, count) if o.scan else one(kinds * count)
+    return caches.empty([*one(o.kinds[: o.first_dense]), *main, *one(last)], padding, slots, dtype or o.dtype)
+
+  def extend(self, tokens: Int[Array, "batch seq"], cache: Cache) -> tuple[Float[Array, "batch seq width"], Cache]:
+    """Returns what `unembed` turns into logits, of tokens after those in the cache, and the cache with them.
+
+    First come the first tokens of all rows together, padding in front of the shorter; then one at a time.
+    """
+    o = self.options
+    kinds, count, last = _periods(o)
+    positions, segments = cache.places(tokens.shape[1])
+    x = sharding.constrain(self._embed(tokens, jnp.minimum(positions, o.context - 1)), "batch", "seq", "embed")
+    arrays = {name: rope.table(positions) for name, rope in o.ropes.items()}
+    arrays |= {} if segments is None else {"segments": segments}
+    alone = lambda kinds, blocks: (nnx.List([Period(kinds, blocks)]), len(kinds))
+    groups = [alone(o.kinds[: o.first_dense], self.first_blocks)] if o.first_dense else []
+    groups += [(self._grouped(kinds, count), len(kinds))]
+    groups += [alone(last, self.last_blocks)] if last else []
+    x, cache = cache.run(lambda x, period, layers: period.extend(x, layers, **arrays), groups, x)
+    return self.norm(x).astype(o.compute), cache.after(tokens.shape[1])
+
+  @property
+  def context(self) -> int:
+    """The longest sequence."""
+    return self.options.context
+
+  @property
+  def vocab_size(self) -> int:
+    return self.options.vocab_size
+
   def _main(self, x, key, arrays):
     """Goes through the periods, by a scan, a loop or a pipeline."""
     o = self.options
@@ -147,16 +199,18 @@ class Decoder(nnx.Module):
     # One layer is recomputed at a time. Where it is all of a period, the stack knows how, and a pipeline has to.
     alone = len(kinds) == 1 or sharding.current().size("stage") > 1
     within, around = ("none", o.remat) if alone else (o.remat, "none")
+    return layers.run_stack(self._grouped(kinds, count, within), x, key=key, remat=around, **arrays)
+
+  def _grouped(self, kinds, count, remat="none"):
+    """The periods, in a list, or one whose leaves have a leading axis."""
     stacks = [self.blocks] if self.dense_blocks is None else [self.blocks, self.dense_blocks]
-    if o.scan:
+    if self.options.scan:
       repeats = sharding.current().repeats
       lead = (count,) if repeats == 1 else (repeats, count // repeats)
       group = lambda leaf: leaf.reshape(*lead, -1, *leaf.shape[len(lead) :])
-      periods = Period(kinds, *(jax.tree.map(group, stack) for stack in stacks), remat=within)
-    else:
-      parts = lambda i: (nnx.List(stack[i * len(stack) // count : (i + 1) * len(stack) // count]) for stack in stacks)
-      periods = nnx.List([Period(kinds, *parts(i), remat=within) for i in range(count)])
-    return layers.run_stack(periods, x, key=key, remat=around, **arrays)
+      return Period(kinds, *(jax.tree.map(group, stack) for stack in stacks), remat=remat)
+    parts = lambda i: (nnx.List(stack[i * len(stack) // count : (i + 1) * len(stack) // count]) for stack in stacks)
+    return nnx.List([Period(kinds, *parts(i), remat=remat) for i in range(count)])
 
   def unembed(self, hidden: Float[Array, "batch seq width"]) -> Float32[Array, "batch seq vocab"]:
     """Returns the logits of the next token; the kernel is the embedding of the tokens where they are `tied`."""

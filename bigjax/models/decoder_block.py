@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from bigjax import sharding
 from bigjax.models import layers, moe
 from bigjax.models.attention import attend
+from bigjax.models.cache import Layer
 from bigjax.models.rope import Rope, rotate, sharpness
 
 
@@ -99,6 +100,13 @@ class Options:
     return self.head_dim or self.width // self.heads
 
   @property
+  def keeps(self) -> dict[str, tuple[int, int]]:
+    """What a cache keeps of a token in each layer: heads and dimensions by name."""
+    if self.kv_rank:
+      return {"latent": (1, self.kv_rank), "turning": (1, self.rope_dim)}
+    return dict.fromkeys(("key", "value"), (self.kv_heads or self.heads, self.head_size))
+
+  @property
   def kinds(self) -> tuple["Kind", ...]:
     """What each layer computes."""
     local = [self.pattern[i % len(self.pattern)] == "L" for i in range(self.depth)]
@@ -156,8 +164,8 @@ class Attention(nnx.Module):
     self.query_norm, self.key_norm = (make_norm(o, rngs, n) for n in normed) if normed else (None, None)
     self.out = _dense(o, rngs, heads * dim, o.width, bias=o.bias == "all", end=True)
 
-  def project(self, x: Float[Array, "batch seq width"], table: Array | None) -> tuple[Array, Array, Array]:
-    """Returns queries, keys and values, [batch, seq, heads, dim]."""
+  def project(self, x: Float[Array, "batch seq width"], table: Array | None) -> tuple[Array, dict[str, Array]]:
+    """Returns queries, [batch, seq, heads, dim], and what a cache keeps: keys and values."""
     query, key, value = (checkpoint_name(dense(x), "qkv") for dense in (self.query, self.key, self.value))
     if self.qk_norm == "all":
       query, key = self.query_norm(query), self.key_norm(key)
@@ -165,7 +173,18 @@ class Attention(nnx.Module):
     query, key, value = by_head(query, self.heads), by_head(key, self.kv_heads), by_head(value, self.kv_heads)
     if self.qk_norm == "head":
       query, key = self.query_norm(query), self.key_norm(key)
-    return (query, key, value) if table is None else (rotate(query, table), rotate(key, table), value)
+    if table is not None:
+      query, key = rotate(query, table), rotate(key, table)
+    return query, {"key": key, "value": value}
+
+  def attend(self, query: Array, new: dict[str, Array], **how) -> Array:
+    """Returns what the tokens at hand see of each other, [batch, seq, heads, dim]."""
+    return attend(query, new["key"], new["value"], scale=self.scale, **how)
+
+  def recall(self, query: Array, cache: Layer, **how) -> Array:
+    """Returns what one token sees of those in a cache, itself among them."""
+    key, value = cache.read("key", query.dtype), cache.read("value", query.dtype)
+    return attend(query, key, value, scale=self.scale, key_segments=cache.filled(), **how)
 
 
 class LatentAttention(nnx.Module):
@@ -189,17 +208,38 @@ class LatentAttention(nnx.Module):
     self.kv_up = _dense(o, rngs, o.kv_rank, o.heads * (o.nope_dim + o.value_dim))
     self.out = _dense(o, rngs, o.heads * o.value_dim, o.width, end=True)
 
-  def project(self, x: Float[Array, "batch seq width"], table: Array) -> tuple[Array, Array, Array]:
-    """Returns queries, keys and values, [batch, seq, heads, dim]."""
+  def project(self, x: Float[Array, "batch seq width"], table: Array) -> tuple[Array, dict[str, Array]]:
+    """Returns queries, [batch, seq, heads, dim], and what a cache keeps: the vector, and the keys' shared part."""
     by_head = lambda x: _heads(x.reshape(*x.shape[:2], self.heads, -1))
     query = by_head(self.query_up(x if self.query_down is None else self.query_norm(self.query_down(x))))
     latent, shared = jnp.split(self.kv_down(x), [self.rank], axis=-1)
-    key, value = jnp.split(by_head(self.kv_up(self.kv_norm(latent))), [self.split], axis=-1)
     still, turning = jnp.split(query, [self.split], axis=-1)
-    shared = rotate(shared[:, :, None], table)
     query = jnp.concatenate([still, rotate(turning, table)], axis=-1)
+    return query, {"latent": self.kv_norm(latent)[:, :, None], "turning": rotate(shared[:, :, None], table)}
+
+  def attend(self, query: Array, new: dict[str, Array], **how) -> Array:
+    """Returns what the tokens at hand see of each other, [batch, seq, heads, dim]."""
+    up = _heads(self.kv_up(new["latent"][:, :, 0]).reshape(*query.shape[:3], -1))
+    key, value = jnp.split(up, [self.split], axis=-1)
+    shared = new["turning"]
     key = jnp.concatenate([key, jnp.broadcast_to(shared, (*key.shape[:3], shared.shape[-1]))], axis=-1)
-    return checkpoint_name(query, "qkv"), checkpoint_name(key, "qkv"), checkpoint_name(value, "qkv")
+    query, key, value = (checkpoint_name(x, "qkv") for x in (query, key, value))
+    return attend(query, key, value, scale=self.scale, **how)
+
+  def recall(self, query: Array, cache: Layer, **how) -> Array:
+    """Returns what one token sees of those in a cache, itself among them.
+
+    The products that make keys and values of the latent vectors go to the query and the result instead: all heads then
+    share one key and value, the vector itself (section 2.1.2 of the paper).
+    """
+    kernel = self.kv_up.kernel[...].astype(query.dtype).reshape(self.rank, self.heads, -1)
+    to_key, to_value = jnp.split(kernel, [self.split], axis=-1)
+    still, turning = jnp.split(query, [self.split], axis=-1)
+    query = jnp.concatenate([jnp.einsum("bqhn,rhn->bqhr", still, to_key), turning], axis=-1)
+    latent = cache.read("latent", query.dtype)
+    key = jnp.concatenate([latent, cache.read("turning", query.dtype)], axis=-1)
+    out = attend(query, key, latent, scale=self.scale, key_segments=cache.filled(), **how)
+    return jnp.einsum("bqhr,rhv->bqhv", out, to_value)
 
 
 def _heads(x):
@@ -262,8 +302,13 @@ class Block(nnx.Module):
     local: bool,
     key: PRNGKeyArray | None = None,
     segments: Int[Array, "batch seq"] | None = None,
+    cache: Layer | None = None,
     **tables: Array,
-  ) -> tuple[Float[Array, "batch seq width"], dict[str, Array]]:
+  ) -> tuple[Float[Array, "batch seq width"], dict[str, Any]]:
+    """Returns what goes on to the next block, and what there is besides: sums of the router, the cache afterwards.
+
+    A cache takes all rows' first tokens together, and then one at a time.
+    """
     keys = layers.subkeys(key, 3)
 
     def add(x, branch, norm, key):
@@ -271,26 +316,30 @@ class Block(nnx.Module):
       return sharding.constrain(x + branch.astype(x.dtype), "batch", "seq", "embed")
 
     before = x if self.norm1 is None else self.norm1(x)
-    query, key, value = self.attn.project(before, tables.get(self.local_rope if local else "rope"))
-    out = attend(
-      query,
-      key,
-      value,
-      causal=True,
-      window=self.window if local else None,
-      segments=segments,
-      balanced=True,
-      scale=self.attn.scale,
-      softcap=self.softcap,
-      dropout_rate=self.dropout,
-      dropout_key=keys[0],
-      backend=self.backend,
-    )
+    query, new = self.attn.project(before, tables.get(self.local_rope if local else "rope"))
+    cache = None if cache is None else cache.add(new)
+    if cache is not None and x.shape[1] == 1:
+      out = self.attn.recall(query, cache, softcap=self.softcap, backend="reference")
+    else:
+      out = self.attn.attend(
+        query,
+        new,
+        causal=True,
+        window=self.window if local else None,
+        segments=segments,
+        balanced=True,
+        softcap=self.softcap,
+        dropout_rate=self.dropout,
+        dropout_key=keys[0],
+        backend=self.backend,
+      )
     out = checkpoint_name(out.reshape(*x.shape[:2], -1), "attention")
     x = add(x, self.attn.out(out), self.post1, keys[1])
     before, aux = x if self.norm2 is None else self.norm2(x), {}
     if self.routed:
-      out, aux = self.mlp(before, mask=None if segments is None else segments != 0)
+      # A capacity is for groups of tokens in training; a token at a time would never meet a full expert.
+      mask = None if segments is None else segments != 0
+      out, aux = self.mlp(before, mask=mask, dropless=cache is not None)
     else:
       out = self.mlp(before)
-    return add(x, out, self.post2, keys[2]), aux
+    return add(x, out, self.post2, keys[2]), aux if cache is None else aux | {"cache": cache}

@@ -136,13 +136,16 @@ class MoE(nnx.Module):
     self.load = nnx.BatchStat(jnp.zeros(experts)) if bias_rate else None
 
   def __call__(
-    self, x: Float[Array, "batch seq width"], *, mask: Bool[Array, "batch seq"] | None = None
+    self, x: Float[Array, "batch seq width"], *, mask: Bool[Array, "batch seq"] | None = None, dropless: bool = False
   ) -> tuple[Float[Array, "batch seq width"], dict[str, Array]]:
-    """Returns what to add to the residual stream, and `aux`; tokens whose mask is False choose no expert."""
+    """Returns what to add to the residual stream, and `aux`; tokens whose mask is False choose no expert.
+
+    With `dropless` there is no capacity, whatever the factor.
+    """
     mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
     index, weight, aux = self.route(x, mask)
     x = x.astype(self.dtype)
-    out, dropped = self._routed(x, index, weight)
+    out, dropped = self._routed(x, index, weight, dropless)
     if self.shared is not None:
       out = out + self.shared(x)
     return out, aux | {"dropped": dropped}
@@ -183,7 +186,7 @@ class MoE(nnx.Module):
     }
     return index, weight * self.scale, aux
 
-  def _routed(self, x, index, weight):
+  def _routed(self, x, index, weight, dropless):
     layout = sharding.current()
     ways = layout.size("experts")
     if self.count % ways:
@@ -201,7 +204,7 @@ class MoE(nnx.Module):
     if hidden % layout.size("hidden"):
       near = max(1, hidden // layout.size("hidden")) * layout.size("hidden")
       raise UserError(f"model.hidden: {hidden} can't be divided over {layout.size('hidden')} devices; {near} can.")
-    run = functools.partial(self._on_device, layout=layout)
+    run = functools.partial(self._on_device, layout=layout, dropless=dropless)
     if layout.mesh is None:
       return run(x, index, weight, kernels)
     tokens = layout.spec("batch", "seq", None)
@@ -213,13 +216,13 @@ class MoE(nnx.Module):
     )
     return mapped(x, index, weight, kernels)
 
-  def _on_device(self, x, index, weight, kernels, *, layout):
+  def _on_device(self, x, index, weight, kernels, *, layout, dropless):
     """What one device does with its tokens, its experts and its part of their hidden units."""
     axes, ways = layout.axes("experts"), layout.size("experts")
     run = functools.partial(self._mlp, kernels)
     flat = x.reshape(-1, x.shape[-1]), index.reshape(-1, self.top_k), weight.reshape(-1, self.top_k)
     dropped = jnp.zeros(())
-    if self.capacity_factor is not None:
+    if self.capacity_factor is not None and not dropless:
       group = self._group(x.shape[1], layout)
       out, dropped = _with_capacity(*flat, run, self.count, group, self._capacity(group), axes, ways)
       if split := layout.axes("batch") + layout.axes("seq"):
