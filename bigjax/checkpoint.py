@@ -108,15 +108,17 @@ class Checkpoints:
         leaves |= zip(c.targets, jax.block_until_ready(made), strict=True)
     return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[n] for n in wanted]), loop
 
-  def read(self, step: int | None = None) -> dict[str, np.ndarray]:
-    """Returns every leaf of a checkpoint by its path, on the host."""
+  def read(self, step: int | None = None, only: tuple[str, ...] = ("",)) -> dict[str, np.ndarray]:
+    """Returns the leaves of a checkpoint whose path begins with one of `only`, by their path, on the host."""
     step = self._pick(step)
     if step is None:
       raise UserError(f"There is no checkpoint in {self.directory}.")
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._tree(step))
-    with self._damage_said(step), ocp.PyTreeCheckpointer() as reader:
-      tree = reader.restore(os.path.join(self._step_dir(step), "state"), restore_args=as_numpy)
-    return dict(zip(paths.names(tree), jax.tree.leaves(tree), strict=True))
+    found = {n: m for n, m in _named(self._tree(step)) if n.startswith(only)}
+    shapes = _nested({n: jax.ShapeDtypeStruct(tuple(m.shape), np.dtype(m.dtype)) for n, m in found.items()})
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    args = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)
+    with self._damage_said(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      return dict(_named(reader.restore(os.path.join(self._step_dir(step), "state"), args=args)))
 
   def wait(self) -> None:
     self._manager.wait_until_finished()

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigjax import checkpoint, precision, quantize, schedules, sharding, topology, updates
+from bigjax import checkpoint, lora, precision, quantize, schedules, sharding, topology, updates
 from bigjax import state as states
 from bigjax.best import Watch
 from bigjax.config import Component
@@ -85,13 +85,19 @@ class StopConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitConfig:
-  """Takes parameters and batch statistics from another run's checkpoint."""
+  """Takes parameters and what a model keeps besides from another run's checkpoint, or from published weights."""
 
-  workdir: str
-  step: int | None = None  # None: the last.
+  workdir: str | None = None
+  step: int | None = None  # Of the workdir; None: the last.
+  weights: str | None = None  # A directory as `transformers` has it, or a GGUF file: see bigjax/weights.
+  changed: tuple[str, ...] = ()  # Options of the model that differ from those of the weights on purpose.
   rules: tuple[tuple[Regex, str | None], ...] = (
     (".*", r"\g<0>"),
   )  # (leaf here, its name there, or None: keep the fresh value).
+
+  def __post_init__(self):
+    if (self.workdir is None) == (self.weights is None):
+      raise UserError("config.init_from names either a workdir or weights.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +133,7 @@ class TrainConfig:
   task: Annotated[Component, "tasks"]
   seed: int = 0  # Of initialisation, order, augmentation and dropout.
   init_from: InitConfig | None = None
+  lora: lora.LoraConfig | None = None  # Trains adapters of the model that init_from brings, see lora.py.
 
   # How it is updated.
   optimizer: Annotated[Component, "optimizers"]  # One of bigjax/optimizers/, or any of optax by name.
@@ -238,8 +245,13 @@ class Experiment:
   def loss(self, params, extras, batch: Mapping[str, jax.Array], key: jax.Array):
     """Returns (sums, extras as the call left them); pure, for use under `division.jit`."""
     with sharding.use(self.division.inside):
-      module = self.model.bind(params, extras)
-      return self.task.loss(module, batch, key=key), self.model.extras(module)
+      module = self.model.bind(params, extras, key)
+      return self.task.loss(module, batch, key=key), self.model.extras(module, extras)
+
+  @property
+  def borrows(self) -> bool:
+    """Whether most of the model is another run's, and stays there: checkpoints hold adapters only."""
+    return self.config.lora is not None and self.config.init_from is not None
 
   def predict(self, state: states.TrainState, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """What the model says of a batch; pure, for use under `jit`."""
@@ -273,7 +285,7 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
   batch = data.spec(config.batch_size)
   clock = _clock(config, data, batch)
   numbers = precision.of(config.precision)
-  model = states.Model(config.model, numbers.params, config.quantize)
+  model = states.Model(config.model, numbers.params, config.quantize, config.lora)
   task = config.task()
   with sharding.use(layout):
     params, extras = model.abstract
@@ -294,8 +306,9 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
     outputs = _trace(model, task, params, extras, dict(batch))
   opt_state = jax.eval_shape(optimizer.tx.init, params)
   abstract = states.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, extras, opt_state)
-  roles = _roles(config.model)
-  shardings = sharding.shard_tree(abstract, config.sharding, layout.mesh, roles=roles, repeats=layout.repeats)
+  roles = _roles(config.model) if model.adapters is None else model.adapters.roles(_roles(config.model))
+  tree = dict(roles=roles, repeats=layout.repeats, own=model.own(params, extras)[0])
+  shardings = sharding.shard_tree(abstract, config.sharding, layout.mesh, **tree)
   divide = {"run": topology.shared, "topology": topology.alone}[config.determinism]
   division = divide(layout, config.groups, config.batch_size, extras)
   return Experiment(config, layout, data, batch, clock, model, task, optimizer, outputs, abstract, shardings, division)

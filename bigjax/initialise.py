@@ -1,7 +1,7 @@
-"""Starting from another run's parameters and batch statistics, renamed by rules, with a line for every leaf.
+"""Starting from another run's parameters and batch statistics, or from published weights, with a line for every leaf.
 
-The rules are read from the new model's side, so that nothing is left over in silence: each leaf here either names where
-it comes from, or is said to stay fresh.
+The rules rename, and are read from the new model's side, so that nothing is left over in silence: each leaf here either
+names where it comes from, or is said to stay fresh.
 """
 
 from __future__ import annotations
@@ -10,10 +10,51 @@ import re
 
 import jax
 import numpy as np
+from flax import nnx
 
-from bigjax import paths
+from bigjax import paths, weights
 from bigjax.checkpoint import Checkpoints
 from bigjax.errors import UserError, suggest
+
+
+def first_state(run, key: jax.Array):
+  """Returns the state before the first step, as `config.init_from` says, or fresh."""
+  init = run.config.init_from
+  return from_config(run, run.init(key)) if init is None or init.weights is None else _published(run, init, key)
+
+
+def _published(run, init, key):
+  """The state with published weights; nothing is made that they take the place of."""
+  opened = weights.open_weights(init.weights)
+  shapes, layouts = ((_flat(t.params) | _flat(t.extras)) for t in (run.abstract, run.shardings))
+  names = list(shapes)
+  chosen = paths.first_match([r[0] for r in init.rules], names, "config.init_from.rules")
+  if None in chosen:
+    first = names[chosen.index(None)]
+    raise UserError(f"config.init_from.rules: no rule matches {first!r}; add ('.*', None) to leave the rest fresh.")
+  here = {n: jax.ShapeDtypeStruct(shapes[n].shape, shapes[n].dtype, sharding=layouts[n]) for n in names}
+  rules = {n: init.rules[index] for n, index in zip(names, chosen, strict=True)}
+  there = {n: re.fullmatch(regex, n).expand(template) for n, (regex, template) in rules.items() if template is not None}
+  options = getattr(nnx.eval_shape(lambda: run.config.model(rngs=nnx.Rngs(0))), "options", None)
+  fresh = [n for n in names if n not in there]
+  wanted = {there[n]: here[n] for n in names if n in there}
+  arrays, report = weights.load_leaves(opened, options, wanted, changed=init.changed, partial=bool(fresh))
+  leaves = {n: arrays[there[n]] for n in there}
+  if fresh:
+    state = run.init(key)
+    leaves |= {n: x for n, x in (_flat(state.params) | _flat(state.extras)).items() if n in fresh}
+    del state
+  params, extras = (
+    jax.tree.unflatten(jax.tree.structure(t), [leaves[n] for n in paths.names(t)])
+    for t in (run.abstract.params, run.abstract.extras)
+  )
+  if jax.process_index() == 0:
+    report = [f"{n}: fresh" for n in fresh] + report
+    taken = f"init_from {init.weights} ({opened.family.architecture}): {len(there)} of {len(names)} leaves taken"
+    print("\n".join([taken, *(f"  {r}" for r in report)]))
+  opt_state = jax.jit(run.optimizer.tx.init, out_shardings=run.shardings.opt_state)(params)
+  step = jax.device_put(np.zeros((), np.int32), run.shardings.step)
+  return type(run.abstract)(step, params, extras, opt_state)
 
 
 def from_config(run, state):
@@ -25,8 +66,8 @@ def from_config(run, state):
   if init is None:
     return state
   with Checkpoints(init.workdir, read_only=True, where="config.init_from.workdir") as checkpoints:
-    found = checkpoints.read(init.step)
-  source = {n.partition("/")[2]: v for n, v in found.items() if n.startswith(("params/", "extras/"))}
+    found = checkpoints.read(init.step, only=("params/", "extras/"))
+  source = {n.partition("/")[2]: v for n, v in found.items()}
   leaves, report = take(_flat(state.params) | _flat(state.extras), source, init.rules)
   params, extras = (
     jax.tree.unflatten(jax.tree.structure(t), [leaves[n] for n in paths.names(t)]) for t in (state.params, state.extras)

@@ -17,10 +17,12 @@ COMMANDS = {
   "train": "train a config, or go on where its workdir stopped",
   "eval": "measure a checkpoint by the config's evaluators",
   "explain": "every parameter's layout, every activation's axes, every collective of the compiled step",
+  "plan": "compile the step for TPUs that need not be there: memory, work, communication, time, cost",
   "diff": "what differs between two configs or workdirs",
   "repro": "run a workdir again from what it recorded, and compare",
   "report": "write the report page of a workdir anew",
   "data": "prepare datasets",
+  "weights": "show published weights; write a run's for transformers",
 }
 
 

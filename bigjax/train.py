@@ -18,7 +18,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from bigjax import config as configs
-from bigjax import hosts, initialise, metrics, overview, precision, record, sharding
+from bigjax import hosts, metrics, overview, precision, record, sharding, tuned
 from bigjax import state as states
 from bigjax.best import Watch
 from bigjax.checkpoint import Checkpoints
@@ -26,6 +26,7 @@ from bigjax.data import pipeline
 from bigjax.errors import UserError
 from bigjax.evaluation import Evaluation
 from bigjax.experiment import OBSERVING, Experiment, TrainConfig, build
+from bigjax.plan import profiles
 
 STOPPED = 75  # Exit code of a run that was asked to stop and saved itself (sysexits' "try again later").
 
@@ -96,7 +97,7 @@ def train(config: TrainConfig, workdir: str) -> str:
         logger.flush()
         refuse_broken(step, measured)
         with progress.pause("save"):
-          checkpoints.save(step, state, watch.to_json(), watch.metric_at(step))
+          checkpoints.save(step, *tuned.saved(run, state, watch.to_json()), watch.metric_at(step))
       if ending:
         break
 
@@ -118,7 +119,7 @@ def evaluate(config: TrainConfig, workdir: str, step: int | None = None) -> tupl
     step = hosts.agreed(max(checkpoints.steps(), default=None)) if step is None else step
     if step is None:
       raise UserError(f"--workdir={workdir} has no checkpoint yet.")
-    state, _ = checkpoints.restore(run.abstract, run.shardings, step)
+    state, _ = tuned.restore(run, checkpoints, step)
     results = {}
     for name, e in config.evals.items():
       results |= Evaluation.of(run, name, e).run(state)
@@ -130,9 +131,8 @@ def start(run: Experiment, checkpoints: Checkpoints) -> tuple[states.TrainState,
   # A network's file system may show one host less than another.
   last = hosts.agreed(max(checkpoints.steps(), default=None))
   if last is not None:
-    return checkpoints.restore(run.abstract, run.shardings, last)
-  state = run.init(jax.random.key(run.config.seed))
-  return initialise.from_config(run, state), {}
+    return tuned.restore(run, checkpoints, last)
+  return tuned.first_state(run, jax.random.key(run.config.seed)), {}
 
 
 def compile_step(run: Experiment):
@@ -143,7 +143,8 @@ def compile_step(run: Experiment):
   batch = {k: laid_out(v, sharding.batch_sharding(run.mesh)) for k, v in run.batch.items()}
   key = laid_out(jax.eval_shape(lambda: jax.random.key(0)), replicated)
   with jax.set_mesh(run.mesh):
-    return make_step(run).lower(state, batch, key).compile()
+    lowered = make_step(run).lower(state, batch, key)
+    return lowered.compile(compiler_options=profiles.compiler_options(run.mesh.devices.flat[0]))
 
 
 def make_step(run: Experiment):

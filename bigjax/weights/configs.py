@@ -95,6 +95,8 @@ def options(family: Family, config: Mapping[str, Any], where: str) -> dict[str, 
     found |= _windows(family, config, get, found["depth"], where)
   if family.architecture == DEEPSEEK_V3.architecture:
     found["bias_rate"] = 0.001  # It has a bias; the config doesn't say how fast it moved. The rate is the paper's.
+  if found.get("head_dim") and found["head_dim"] * found["heads"] == found["width"]:
+    del found["head_dim"]
   if family.model_type == "llama" and config.get("attention_bias"):
     if not config.get("mlp_bias"):
       raise UserError(f"{where}: attention_bias without mlp_bias is nothing bigjax's decoder can do.")
@@ -251,7 +253,7 @@ def describe(o: Any, architecture: str | None = None) -> tuple[Family, dict[str,
 
 def _known(architecture):
   family, _ = family_of({"architectures": [architecture]}, "--architecture")
-  return family
+  return FAMILIES[family.architecture]
 
 
 def _config(family: Family, o: Any) -> dict[str, Any]:

@@ -170,7 +170,10 @@ _LAYER = {
   "ffn_up": "mlp/up/kernel",
   "ffn_down": "mlp/down/kernel",
 }
-_FUSED = _LAYER | {"attn_qkv": ("attn/query/kernel", "attn/key/kernel", "attn/value/kernel")}
+_FUSED = {n: leaf for n, leaf in _LAYER.items() if n not in ("attn_q", "attn_k", "attn_v")} | {
+  "attn_qkv": ("attn/query/kernel", "attn/key/kernel", "attn/value/kernel")
+}
+_PHI3 = {n: leaf for n, leaf in _FUSED.items() if n != "ffn_gate"} | {"ffn_up": ("mlp/gate/kernel", "mlp/up/kernel")}
 
 
 def _family(of: Family, layer: Mapping[str, Any] = _LAYER, **changes: Any) -> Family:
@@ -204,7 +207,7 @@ ARCHITECTURES = {
   "qwen3": _family(QWEN3),
   "gemma2": _family(GEMMA2, offset=1.0),
   "gemma3": _family(GEMMA3, offset=1.0),
-  "phi3": _family(PHI3, _FUSED | {"ffn_up": ("mlp/gate/kernel", "mlp/up/kernel")}),
+  "phi3": _family(PHI3, _PHI3),
   "gpt2": _family(GPT2, _FUSED),
 }
 

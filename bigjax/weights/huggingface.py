@@ -92,27 +92,33 @@ def load(
   Raises:
     UserError: The model is another one; tensors are missing, over, of another shape, or hold NaN. Nothing is returned.
   """
-  _check_options(weights, options, changed)
   leaves = _flat(params) | _flat(extras)
-  # Layers may be stacked here, so the number of layers in the file is the model's by now; shapes are not yet.
-  found = links(weights.family, options, {n: tuple(x.shape) for n, x in leaves.items()})
-  names, over = match(found, weights.tensors, weights.family, weights.path)
-  over = _without_copies(weights, names, over)
-  if over:
-    shown = ", ".join(over[:5]) + (f" and {len(over) - 5} more" if len(over) > 5 else "")
-    raise UserError(f"{weights.path} has tensors that {weights.family.architecture} does not: {shown}.")
-  report = [f"{n}: not read" for n in weights.tensors if n not in set(names)]
-  arrays = dict(reading.read(found, [weights.tensors[n] for n in names], leaves, weights.files))
-  for name, leaf in leaves.items():
-    if name not in arrays:  # What experts have counted since the last step.
-      arrays[name] = reading.zeros(leaf)
+  arrays, report = load_leaves(weights, options, leaves, changed=changed)
   build = lambda tree: jax.tree.unflatten(jax.tree.structure(tree), [arrays[n] for n in paths.names(tree)])
   return build(params), build(extras), report
 
 
+def load_leaves(
+  weights: Weights, options: Any, leaves: Mapping[str, Any], *, changed: Sequence[str] = (), partial: bool = False
+) -> tuple[dict[str, jax.Array], list[str]]:
+  """Returns (arrays by name, report), as `load`; where it's `partial`, what is not asked for stays in the file."""
+  _check_options(weights, options, changed)
+  found = links(weights.family, options, {n: tuple(x.shape) for n, x in leaves.items()})
+  names, over = match(found, weights.tensors, weights.family, weights.path)
+  over = _without_copies(weights, names, over)
+  if over and not partial:
+    shown = ", ".join(over[:5]) + (f" and {len(over) - 5} more" if len(over) > 5 else "")
+    raise UserError(f"{weights.path} has tensors that {weights.family.architecture} does not: {shown}.")
+  used = set(names)
+  report = [f"{n}: not read" for n in weights.tensors if n not in used]
+  arrays = dict(reading.read(found, [weights.tensors[n] for n in names], leaves, weights.files))
+  # What experts have counted since the last step is in no file.
+  return arrays | {n: reading.zeros(leaf) for n, leaf in leaves.items() if n not in arrays}, report
+
+
 def _check_options(weights, options, changed):
   if not isinstance(options, configs.OPTIONS[weights.family.model]):
-    raise UserError(f"config.model: {weights.path} is for the model {weights.family.model!r}.")
+    raise UserError(f"config.model: the weights of {weights.path} are for the model {weights.family.model!r}.")
   names = [f.name for f in dataclasses.fields(options)]
   for name in changed:
     if name not in names:
@@ -152,6 +158,7 @@ def save(
   dtype: str = "float32",
   architecture: str | None = None,
   like: str | None = None,
+  beside: Mapping[str, str] = {},
   shard_size: int = 5 * 10**9,
 ) -> Family:
   """Writes config.json and safetensors that `transformers` loads; all of the directory is there in the end, or nothing.
@@ -164,6 +171,7 @@ def save(
     dtype: of the file, "float32", "bfloat16" or "float16".
     architecture: of `transformers`; the first that can hold the model if None.
     like: a directory to take the tokenizer and what else config.json says from.
+    beside: further files to write, by name.
     shard_size: bytes of a file.
 
   Raises:
@@ -173,11 +181,11 @@ def save(
     raise UserError(f"--dtype: {dtype!r} is not known.{suggest(dtype, DTYPES)}")
   if os.path.exists(directory) and (not os.path.isdir(directory) or os.listdir(directory)):
     raise UserError(f"{directory} is there already and not empty. Name another directory.")
-  beside = os.path.join(like, "config.json") if like else None
-  known = safetensors.read_json(beside) if beside and os.path.isfile(beside) else {}
+  source = os.path.join(like, "config.json") if like else ""
+  known = safetensors.read_json(source) if os.path.isfile(source) else {}
   if architecture is None and known:
     try:  # Where two can hold it, that which it came from.
-      architecture = configs.describe(options, configs.family_of(known, beside)[0].architecture)[0].architecture
+      architecture = configs.describe(options, configs.family_of(known, source)[0].architecture)[0].architecture
     except UserError:
       architecture = None
   family, config = configs.describe(options, architecture)
@@ -202,6 +210,9 @@ def save(
       for name in BESIDE if like else ():
         if os.path.isfile(source := os.path.join(like, name)):
           shutil.copyfile(source, os.path.join(part, name))
+      for name, text in beside.items():
+        with open(os.path.join(part, name), "w", encoding="utf-8") as file:
+          file.write(text)
       os.chmod(part, 0o755)
       if os.path.isdir(directory):
         os.rmdir(directory)

@@ -192,6 +192,6 @@ def _write(path, tensors):
   with open(path, "wb") as file:
     file.write(struct.pack("<Q", len(text)) + text)
     for t in tensors:
-      value = np.ascontiguousarray(t.make())
+      value = t.make()
       assert value.shape == t.shape and value.dtype == t.dtype, t.name
-      file.write(value.reshape(-1).view(np.uint8).data)
+      file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)

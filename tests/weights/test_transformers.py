@@ -76,7 +76,7 @@ def published(case, root, dtype="float32"):
   path = os.path.join(root, f"{case}-{dtype}".replace(" ", "-"))
   model.save_pretrained(path)
   with torch.no_grad():
-    return path, model(torch.as_tensor(TOKENS)).logits.float().numpy()
+    return path, model(torch.as_tensor(TOKENS)).logits.numpy() if dtype == "float32" else None
 
 
 def opened(path, **changes):
