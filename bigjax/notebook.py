@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from bigjax import config as configs
-from bigjax import experiment, main, metrics, record, train
+from bigjax import experiment, main, metrics, record, train, tuned
 from bigjax.checkpoint import Checkpoints
 from bigjax.errors import UserError
 from bigjax.state import TrainState
@@ -58,13 +58,30 @@ def run(config: Any, workdir: str) -> Loaded:
   return load(workdir)
 
 
+def plan(config: Any, topology: str, *, num_slices: int = 1, price: float | None = None) -> dict[str, Any]:
+  """Compiles the step of `config` for TPUs that need not be there; returns what `bigjax plan --json` prints.
+
+  Args:
+    config: as `resolve` takes it.
+    topology: such as "v5e:4x8", "v5p:4x4x8".
+    num_slices: how many of it, joined by the data center's network.
+    price: of a chip for an hour.
+  """
+  from bigjax.plan import report
+  from bigjax.plan import topology as slices
+
+  slices.environment()
+  devices = slices.devices(topology, num_slices)
+  return report.make(experiment.build(resolve(config), devices), topology, num_slices, price)
+
+
 def load(workdir: str, step: int | None = None) -> Loaded:
   """Returns the config, model and state of a run's last checkpoint, or of that of `step`."""
   main.quiet()
   described = record.read_config(workdir)
   run = experiment.build(resolve(described))
   with Checkpoints(workdir, read_only=True) as checkpoints:
-    found = checkpoints.restore(run.abstract, run.shardings, step)
+    found = tuned.restore(run, checkpoints, step)
   if found is None:
     raise UserError(f"{workdir} has no checkpoint yet.")
   return Loaded(run, found[0])

@@ -48,8 +48,10 @@ def facts(run) -> dict[str, Any]:
 
 
 def count(run) -> int:
-  """Returns the number of parameters."""
-  return sum(math.prod(p.shape) for p in jax.tree.leaves(run.abstract.params))
+  """Returns the number of parameters, those that adapters are for among them."""
+  own, _ = run.model.own(run.abstract.params, run.abstract.extras)
+  adapters = {} if run.model.adapters is None else run.abstract.params
+  return sum(math.prod(p.shape) for p in jax.tree.leaves((own, adapters)))
 
 
 def write(run, workdir: str) -> None:
@@ -60,9 +62,11 @@ def write(run, workdir: str) -> None:
 
 def headline(run) -> str:
   """Returns a line on what is about to run."""
-  config = run.config
+  config, adapters = run.config, run.abstract.params if run.model.adapters is not None else {}
+  trained = f" ({sum(math.prod(p.shape) for p in jax.tree.leaves(adapters)):,} of adapters)" if adapters else ""
   return (
-    f"{config.model.name}, {count(run):,} parameters; {config.data.source.name}, {len(run.data.source):,} examples; "
+    f"{config.model.name}, {count(run):,} parameters{trained}; "
+    f"{config.data.source.name}, {len(run.data.source):,} examples; "
     f"{run.total_steps:,} steps of {config.batch_size:,} on {run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
   )
 

@@ -221,7 +221,9 @@ STRATEGIES = {
 }
 
 
-def shard_tree(abstract, rules: Sequence[Rule] | str, mesh, *, roles: Mapping[str, Sequence] = {}, repeats: int = 1):
+def shard_tree(
+  abstract, rules: Sequence[Rule] | str, mesh, *, roles: Mapping[str, Sequence] = {}, repeats: int = 1, own=None
+):
   """Returns a `NamedSharding` for every leaf of `abstract`.
 
   Args:
@@ -230,6 +232,7 @@ def shard_tree(abstract, rules: Sequence[Rule] | str, mesh, *, roles: Mapping[st
     mesh: The devices.
     roles: `{"tensor": ((regex, dimension from the right), ...), "expert": ...}`, a model's tables.
     repeats: Rounds of a circular pipeline: stacked layers have two leading dimensions if there are several.
+    own: Further parameters that `roles` speak of, which stand elsewhere in `abstract`.
 
   Raises:
     UserError: A leaf without rule, a rule without leaf, a size that an axis does not divide, an axis that is not there,
@@ -238,7 +241,7 @@ def shard_tree(abstract, rules: Sequence[Rule] | str, mesh, *, roles: Mapping[st
   rules = as_rules(rules, abstract, mesh)
   names = paths.names(abstract)
   chosen = paths.first_match([r[0] for r in rules], names, "config.sharding")
-  describe = _describer(abstract, roles, repeats)
+  describe = _describer(abstract, roles, repeats, own)
   shardings = []
   for name, index, leaf in zip(names, chosen, jax.tree.leaves(abstract), strict=True):
     if index is None:
@@ -272,10 +275,11 @@ def _auto(abstract, mesh):
   return "+".join(words) or "replicated"
 
 
-def _describer(abstract, roles, repeats):
+def _describer(abstract, roles, repeats, own):
   """Returns `(name, shape) -> Leaf`: what a leaf is to the model it belongs to."""
   params = getattr(abstract, "params", abstract)  # A state's, or a tree of them.
-  shapes = {n: p.shape for n, p in zip(paths.names(params), jax.tree.leaves(params), strict=True)}
+  named = lambda tree: zip(paths.names(tree), jax.tree.leaves(tree), strict=True)
+  shapes = {n: p.shape for tree in (own, params) for n, p in named(tree)}
 
   def describe(name, shape):
     parts = name.split("/")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from bigjax import precision, quantize
+from bigjax import lora, precision, quantize
 
 PyTree = Any
 
@@ -37,22 +37,48 @@ class Model:
   build: Callable[..., nnx.Module]  # Called with `rngs=`.
   kept: Any = jnp.float32  # The type of the parameters; the module sees float32 in any case.
   products: quantize.Rules | quantize.Word | None = None  # Layers that multiply in 8 bits.
+  tuned: lora.LoraConfig | None = None  # Then params are adapters, and extras {"base": the module's own, "kept": ...}.
 
   def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
     """Returns fresh (params, extras)."""
     _, params, extras = nnx.split(self.build(rngs=nnx.Rngs(key)), nnx.Param, ...)
-    return precision.cast(_plain(params), self.kept), _plain(extras)
+    return self._parts(_plain(params), _plain(extras), key)
 
-  def bind(self, params: PyTree, extras: PyTree) -> nnx.Module:
-    """Returns the module itself, to call inside `jit` as any Python object."""
-    params = _numbered(precision.cast(params, jnp.float32))
-    module = nnx.merge(self._graphdef, params, _numbered(extras))
-    return quantize.applied(precision.summed(module), self.products)
+  def _parts(self, params, extras, key):
+    params = precision.cast(params, self.kept)
+    if self.adapters is None:
+      return params, extras
+    base = params if self.tuned.base is None else precision.cast(params, jnp.dtype(self.tuned.base))
+    adapters = self.adapters.init(jax.random.fold_in(key, 3))
+    return precision.cast(adapters, self.kept), {"base": base, "kept": extras}
 
-  @staticmethod
-  def extras(module: nnx.Module) -> PyTree:
-    """Returns what a call may have changed."""
-    return _plain(nnx.state(module, nnx.Not(nnx.Param)))
+  def own(self, params: PyTree, extras: PyTree) -> tuple[PyTree, PyTree]:
+    """Returns the module's own parameters, and what it keeps besides, without adapters."""
+    return (params, extras) if self.adapters is None else (extras["base"], extras["kept"])
+
+  def with_own(self, params: PyTree, own: PyTree, kept: PyTree) -> tuple[PyTree, PyTree]:
+    """Returns (params, extras) with the module's own parameters and what it keeps put in; adapters stay `params`."""
+    return (own, kept) if self.adapters is None else (params, {"base": own, "kept": kept})
+
+  def merged(self, params: PyTree, extras: PyTree) -> tuple[PyTree, PyTree]:
+    """Returns (params, extras) of the module without adapters that computes the same; on the host, by `lora.merge`."""
+    own, kept = self.own(params, extras)
+    return (own, kept) if self.adapters is None else (self.adapters.merged(own, params)[0], kept)
+
+  def bind(self, params: PyTree, extras: PyTree, key: jax.Array | None = None) -> nnx.Module:
+    """Returns the module itself, to call inside `jit` as any Python object; a key is for what adapters drop."""
+    wide = precision.cast(params, jnp.float32)
+    own, kept = self.own(wide, extras)
+    if self.adapters is not None:
+      own = self.adapters.applied(precision.cast(own, jnp.float32), wide)
+    module = nnx.merge(self._graphdef, _numbered(own), _numbered(kept))
+    module = quantize.applied(precision.summed(module), self.products)
+    return module if self.adapters is None else precision.summed(self.adapters.attached(module, wide, key))
+
+  def extras(self, module: nnx.Module, before: PyTree) -> PyTree:
+    """Returns the extras as a call left them; `before` are those that it began with."""
+    kept = _plain(nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.PathContains("adapter")))))
+    return kept if self.adapters is None else {"base": before["base"], "kept": kept}
 
   def settled(self, params: PyTree, extras: PyTree) -> PyTree:
     """Returns the extras after a step: what a module does once all parts of a batch have been added up.
@@ -61,12 +87,19 @@ class Model:
     """
     module = self.bind(params, extras)
     getattr(module, "settle", lambda: None)()
-    return self.extras(module)
+    return self.extras(module, extras)
+
+  @property
+  def adapters(self) -> lora.Adapters | None:
+    """What there is to know of the adapters, if there are some."""
+    return None if self.tuned is None else self._traced[3]
 
   @property
   def abstract(self) -> tuple[PyTree, PyTree]:
     """The shapes of (params, extras)."""
-    return self._traced[1:]
+    if self.adapters is None:
+      return self._traced[1:3]
+    return jax.eval_shape(lambda: self._parts(*self._traced[1:3], jax.random.key(0)))
 
   @property
   def _graphdef(self):
@@ -78,7 +111,9 @@ class Model:
     module = nnx.eval_shape(lambda: self.build(rngs=nnx.Rngs(0)))
     quantize.check(module, self.products)
     graphdef, params, extras = nnx.split(module, nnx.Param, ...)
-    return graphdef, precision.cast(_plain(params), self.kept), _plain(extras)
+    params = precision.cast(_plain(params), self.kept)
+    adapters = None if self.tuned is None else lora.of(self.tuned, module, params)
+    return graphdef, params, _plain(extras), adapters
 
 
 def create(key: jax.Array, model: Model, tx: optax.GradientTransformation) -> TrainState:

@@ -184,10 +184,16 @@ class Dense(nnx.Linear):
   merging them costs nothing. Only where devices split the sequence, it could not be merged with the batch in place.
   """
 
+  adapter: nnx.Module | None = None  # Adds to the result, see bigjax/lora.py.
+
   def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... features"]:
     if x.ndim == 2 or sharding.seq_is_split():
-      return super().__call__(x)
-    return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+      return self._product(x)
+    return self._product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+  def _product(self, x):
+    y = super().__call__(x)
+    return y if self.adapter is None else y + self.adapter(x)
 
 
 def unembed(
