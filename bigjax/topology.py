@@ -137,9 +137,9 @@ class _AsWritten:
     with use_shardy_partitioner(False):
       return _AsWritten(self.of.lower(*args))
 
-  def compile(self):
+  def compile(self, compiler_options=None):
     with use_shardy_partitioner(False):
-      return self.of.compile()
+      return self.of.compile(compiler_options=compiler_options)
 
   def __getattr__(self, name):
     return getattr(self.of, name)

@@ -145,8 +145,15 @@ def _drop(key, examples, heads, first_example=0, first_head=0):
 def _local(rule, backend, order, query, key, value, tokens, key_tokens, prefix, drop):
   """Attention whose sequence is whole here."""
   compute = {"reference": _reference, "chunked": _chunked, "jax": _jax_nn, "splash": _splash}[backend]
-  out = compute(rule, order, query, key, value, tokens, key_tokens, prefix, drop)
+  with jax.named_scope(_scope(rule, query.shape[1], key.shape[1])):
+    out = compute(rule, order, query, key, value, tokens, key_tokens, prefix, drop)
   return out if backend == "chunked" else checkpoint_name(out, "attention")  # That one has named what it keeps.
+
+
+def _scope(rule, queries, keys):
+  """What profiles show, and `bigjax plan` counts the wanted scores by: attend_8192x8192_causal_window512."""
+  window = "" if rule.window is None else f"_window{rule.window}"
+  return f"attend_{queries}x{keys}{'_causal' * rule.causal}{window}"
 
 
 def _reference(rule, order, query, key, value, tokens, key_tokens, prefix, drop):

@@ -1,0 +1,73 @@
+"""Model FLOPs held to counts by hand: products, loops, causal attention, convolutions, a whole decoder."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bigjax import config as configs
+from bigjax import experiment
+from bigjax.plan import work
+
+
+def counted(fn, *shapes, active):
+  return work.count(jax.make_jaxpr(fn)(*(jnp.zeros(s) for s in shapes)), active)
+
+
+def test_a_product_counts_once_forward_and_once_backward_for_each_operand_that_is_learned():
+  flops = 2 * 8 * 16 * 32
+  first = counted(lambda w, x: (x @ w).sum(), (16, 32), (8, 16), active=[True, False])
+  assert (first.forward, first.backward) == (flops, flops)  # No gradient of the data.
+  second = counted(lambda v, w, x: (x @ v @ w).sum(), (16, 16), (16, 32), (8, 16), active=[True, True, False])
+  assert second.total == 2 * (2 * 8 * 16 * 16) + 3 * flops
+  assert counted(lambda w, x: x @ w, (16, 32), (8, 16), active=[False, False]).backward == 0
+
+
+def test_a_scan_counts_its_turns_and_knows_that_the_carry_comes_to_depend_on_parameters():
+  def loss(ws, x):
+    return jax.lax.scan(lambda x, w: (x @ w, None), x, ws)[0].sum()
+
+  found = counted(jax.checkpoint(loss), (5, 16, 16), (8, 16), active=[True, False])
+  assert found.forward == 5 * 2 * 8 * 16 * 16
+  assert found.backward == 2 * found.forward  # The first turn's share of the gradient of the data is counted too.
+
+
+def test_a_branch_counts_as_the_most_expensive_and_a_loop_of_unknown_length_once():
+  branches = lambda w, x: jax.lax.cond(x.sum() > 0, lambda: x @ w @ w, lambda: x @ w)
+  assert counted(branches, (16, 16), (8, 16), active=[False, False]).forward == 2 * 2 * 8 * 16 * 16
+  loop = lambda w, x: jax.lax.while_loop(lambda x: x.sum() > 0, lambda x: x @ w, x)
+  found = counted(loop, (16, 16), (8, 16), active=[False, False])
+  assert found.endless
+  assert found.forward == 2 * 8 * 16 * 16
+
+
+def test_a_convolution_counts_its_kernel_at_every_output():
+  kernel, image = (3, 3, 4, 8), (2, 10, 10, 4)
+  conv = lambda w, x: jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  assert counted(conv, kernel, image, active=[False, False]).forward == 2 * (2 * 5 * 5 * 8) * (3 * 3 * 4)
+
+
+@pytest.mark.parametrize(
+  ("causal", "window", "pairs"), [(True, None, 10), (False, None, 16), (True, 2, 7), (False, 2, 10), (True, 100, 10)]
+)
+def test_a_query_counts_the_keys_that_it_sees(causal, window, pairs):
+  assert work.seen(4, 4, causal, window) == pairs
+
+
+@pytest.mark.parametrize("options", [{}, dict(scan=True, remat="full"), dict(attention="chunked")])
+def test_a_decoder_is_six_for_each_parameter_and_token_and_causal_attention(options):
+  width, depth, vocab, seq, batch, hidden = 32, 3, 64, 16, 8, 96
+  model = dict(name="decoder", vocab_size=vocab, context=seq, width=width, depth=depth, heads=4, kv_heads=2)
+  run = built(model | dict(mlp_dim=hidden, **options), seq, batch)
+  layer = width * width * 2 + 2 * width * (width // 2) + 3 * width * hidden
+  matrices = 6 * (depth * layer + vocab * width) * batch * seq
+  attention = 3 * depth * 2 * (2 * batch * width * seq * (seq + 1) // 2)
+  found = work.of(run)
+  assert (found.attention, found.total) == (attention, matrices + attention)
+  assert found.visible == pytest.approx((seq + 1) / (2 * seq))
+
+
+def built(model, seq, batch):
+  config = dict(total_steps=10, batch_size=batch, model=model, task=dict(name="language_modeling"))
+  config |= dict(data=dict(source=dict(name="synthetic", kind="tokens", length=seq)))
+  config |= dict(optimizer=dict(name="adamw"), schedule=dict(name="constant", peak=1e-3))
+  return experiment.build(configs.resolve(config, experiment.TrainConfig))
