@@ -1,0 +1,196 @@
+"""A plan for a person: as text, as a page, and beside another plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bigjax import overview
+from bigjax.report.markup import Markup, element
+
+# What `compare` shows, where plans have it.
+_COMPARED = {
+  "memory.params": "bytes",
+  "memory.optimizer": "bytes",
+  "memory.temporaries": "bytes",
+  "memory.total": "bytes",
+  "work.model_flops_a_device": "flops",
+  "work.hardware_flops_a_device": "flops",
+  "work.recompute_share": "share",
+  "work.estimated_cycles": "count",
+  "work.hbm_bytes": "bytes",
+  "communication.bytes": "bytes",
+  "time.roofline_seconds": "seconds",
+  "time.expected_seconds": "seconds",
+  "time.mfu_expected": "share",
+  "time.pace_a_chip": "count",
+  "run.hours": "count",
+  "run.chip_hours": "count",
+  "run.cost": "count",
+}
+
+
+def table(plan: Mapping[str, Any]) -> str:
+  """Returns a plan as text."""
+  lines = []
+  for title, rows in sections(plan):
+    width = max((len(name) for name, _ in rows), default=0)
+    lines += [title, *(f"  {name:<{width}}  {value}" for name, value in rows), ""]
+  if plan.get("communication"):
+    lines += ["collectives", overview.collectives_table(plan["communication"]["collectives"])]
+  return "\n".join(lines).rstrip()
+
+
+def sections(plan: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+  """Returns the plan as titles with (name, value) rows."""
+  mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+  slices = f"{plan['slices']} slices of " if plan["slices"] > 1 else ""
+  options = ", ".join(f"{k}={v}" for k, v in plan["compiler_options"].items()) or "none"
+  head = [
+    ("where", f"{slices}{plan['topology']}: {plan['chips']} chips, mesh {mesh}"),
+    (
+      "what",
+      f"{plan['config']['model']} on {plan['config']['data']}, {plan['config']['batch_size']:,} examples a step",
+    ),
+    ("compiled", f"in {plan['compile_seconds']:.0f} s, options: {options}"),
+  ]
+  if plan["chip"]["unknown"]:
+    head.append(("unknown", f"no published figure of this chip: {', '.join(plan['chip']['unknown'])}"))
+  found = [("plan", head), ("memory a device", _memory(plan))]
+  found.append(("work a step", _work(plan)))
+  if plan.get("time"):
+    found += [("communication a device a step", _communication(plan)), ("time", _time(plan)), ("run", _run(plan))]
+  return found
+
+
+def _memory(plan):
+  m = plan["memory"]
+  rows = [(name, size(m[name])) for name in ("params", "optimizer", "extras", "batch") if m[name]]
+  if "total" in m:
+    rows += [("activations, temporaries", size(m["temporaries"])), ("generated code", size(m["code"]))]
+    rows += [("beyond the old state", size(m["outputs"]))] if m["outputs"] else []
+    rows += [("total", f"{size(m['total'])} of {size(m['limit'])}, {m['total'] / m['limit']:.1%}")]
+  else:
+    rows += [("the compiler says", m["said"])]
+  if not plan["fits"]:
+    rows += [("DOES NOT FIT", f"{size(m['missing'])} missing"), *(("could fit with", r) for r in m["remedies"])]
+  for b in m.get("buffers", ()):
+    rows.append((f"  {size(b['bytes'])}", f"{b['shape']} {b['what']} {b['line']}".rstrip()))
+  return rows
+
+
+def _work(plan):
+  w = plan["work"]
+  rows = [("model", f"{flops(w['model_flops'])}, {flops(w['model_flops_a_device'])} a device: {w['formula']}")]
+  rows += [("of it attention", flops(w["attention_flops"]))] if w["attention_flops"] else []
+  if "hardware_flops_a_device" in w:
+    parts = ", ".join(f"{phase} {flops(n)}" for phase, n in w["by_phase"].items())
+    rows += [("hardware", f"{flops(w['hardware_flops_a_device'])} a device in products: {parts}")]
+    rows += [("beyond the model", f"{w['recompute_share']:.1%} (computed again, or by more devices than one)")]
+    rows += [("estimated cycles", f"{w['estimated_cycles']:,} of fusions, loops multiplied out")]
+    rows += [("main memory", f"{size(w['hbm_bytes'])} read and written")]
+  return rows
+
+
+def _communication(plan):
+  rows = []
+  for axis, r in plan["communication"]["axes"].items():
+    if not axis:
+      continue
+    at = "an unknown bandwidth" if r["bandwidth"] is None else f"{r['bandwidth'] / 1e9:.0f} GB/s"
+    kind = f"{r['link']}, {'ring' if r['ring'] else 'row'} on {r['sides']} sides" if r["link"] == "ICI" else r["link"]
+    time = "unknown" if r["seconds"] is None else f"{duration(r['seconds'])}, {duration(r['exposed'])} of it waited for"
+    rows.append((axis, f"{r['count']:,} with {size(r['bytes'])} of results at {at} ({kind}): {time}"))
+  return rows or [("none", "no device sends anything")]
+
+
+def _time(plan):
+  t = plan["time"]
+  rows = [(f"least: {name}", duration(s)) for name, s in sorted(t["bounds"].items(), key=lambda item: -item[1]) if s]
+  rows += [("bound by", t["bound_by"])]
+  if t["expected_seconds"]:
+    rows += [("expected step", f"{duration(t['expected_seconds'])}, not calibrated on any machine")]
+  rows += [("MFU", f"at most {t['mfu_bound']:.1%}, expected {t['mfu_expected']:.1%}")]
+  rows += [("pace", f"{t['pace_a_chip']:,.0f} {t['pace_unit']} a second a chip")] if t["pace_a_chip"] else []
+  return [*rows, ("not in it", "; ".join(t["not_in_it"]))]
+
+
+def _run(plan):
+  r = plan["run"]
+  rows = [("steps", f"{r['steps']:,}"), ("time", f"{r['hours']:,.2f} hours, {r['chip_hours']:,.1f} chip-hours")]
+  return rows + ([] if r["cost"] is None else [("cost", f"{r['cost']:,.2f} at {r['price']:g} a chip an hour")])
+
+
+def compare(plan: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+  """Returns what a plan has more or less of than another."""
+  lines = [f"against {other['topology']} x {other['slices']}, mesh {other['mesh']}"]
+  for path, kind in _COMPARED.items():
+    before, after = (_at(p, path) for p in (other, plan))
+    if before is None or after is None or before == after:
+      continue
+    change = f"{after / before - 1:+.1%}" if before else "from nothing"
+    lines.append(f"  {path:<30}  {_shown(before, kind)} -> {_shown(after, kind)}  {change}")
+  if plan["fits"] != other["fits"]:
+    lines.append(f"  {'fits':<30}  {other['fits']} -> {plan['fits']}")
+  if plan["compiler_options"] != other["compiler_options"]:
+    lines.append(f"  {'compiler_options':<30}  {other['compiler_options']} -> {plan['compiler_options']}")
+  return "\n".join(lines if len(lines) > 1 else [*lines, "  nothing differs"])
+
+
+def _at(plan, path):
+  section, key = path.split(".")
+  return (plan.get(section) or {}).get(key)
+
+
+def _shown(value, kind):
+  return {
+    "bytes": size,
+    "flops": flops,
+    "seconds": duration,
+    "share": lambda v: f"{v:.1%}",
+    "count": lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}",
+  }[kind](value)
+
+
+def page(plan: Mapping[str, Any], beside: str = "") -> str:
+  """Returns the plan as an HTML page that needs no other file."""
+  style = (Path(__file__).parents[1] / "report" / "style.css").read_text(encoding="utf-8")
+  rows = lambda pairs: [element("tr", element("td", name), element("td", value)) for name, value in pairs]
+  parts = [element("section", element("h2", title), element("table", rows(pairs))) for title, pairs in sections(plan)]
+  if plan.get("communication"):
+    sent = overview.collectives_table(plan["communication"]["collectives"])
+    parts.append(element("section", element("h2", "collectives"), element("pre", sent), cls="long"))
+  if beside:
+    parts.append(element("section", element("h2", "change"), element("pre", beside)))
+  figures = [(name, where) for name, where in plan["chip"]["sources"].items()]
+  parts.append(element("section", element("h2", "sources of the chip's figures"), element("table", rows(figures))))
+  title = f"plan: {plan['config']['model']} on {plan['topology']}"
+  head = [element("meta", charset="utf-8"), element("title", title), element("style", Markup(style))]
+  body = element("main", element("header", element("h1", title)), parts)
+  return f"<!doctype html>\n{element('html', element('head', head), element('body', body), lang='en')}\n"
+
+
+def size(n: float) -> str:
+  """Returns bytes in words."""
+  for unit in ("B", "KiB", "MiB"):
+    if abs(n) < 1024:
+      return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+    n /= 1024
+  return f"{n:.2f} GiB"
+
+
+def flops(n: float) -> str:
+  """Returns FLOPs in words."""
+  for unit in ("", "k", "M", "G", "T"):
+    if abs(n) < 1000:
+      return f"{n:.4g} {unit}FLOP"
+    n /= 1000
+  return f"{n:.4g} PFLOP"
+
+
+def duration(seconds: float) -> str:
+  """Returns seconds in words."""
+  return (
+    f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+  )
