@@ -29,8 +29,7 @@ class Evaluation:
   def of(cls, run: Experiment, name: str, config: EvalConfig) -> Evaluation:
     size = config.batch_size or run.config.batch_size
 
-    def batches(data):
-      stream = Stream.of(data)
+    def batches(stream):
       mine, parts = sharding.data_part(run.mesh)
 
       def finite():
@@ -48,8 +47,10 @@ class Evaluation:
         raise UserError(
           f"config.evals.{name}.extra_data.{key}: the evaluator takes no such stream.{suggest(key, known)}"
         )
-    extra = {k: batches(d) for k, d in config.extra_data.items()}
-    evaluator = config.evaluator(predict=run.predict, batches=batches(config.data), **extra)
+    extra = {k: batches(Stream.of(d)) for k, d in config.extra_data.items()}
+    stream = Stream.of(config.data)
+    evaluator = _told_bytes(config.evaluator, known, stream.source)
+    evaluator = evaluator(predict=run.predict, batches=batches(stream), **extra)
     views = {view: jax.jit(of) for view, of in run.optimizer.views.items()}
     return cls(name, run.steps(config.every, f"config.evals.{name}.every"), evaluator, views)
 
@@ -66,3 +67,11 @@ class Evaluation:
       return {f"{self.name}/{view}{k}": v for k, v in self.evaluator.run(state)}
     except UserError as e:
       raise UserError(str(e).replace("config.evals:", f"config.evals.{self.name}:", 1)) from e
+
+
+def _told_bytes(evaluator, known, source):
+  """The evaluator, told the length of a token in bytes where it asks for that, nobody says it and the source knows."""
+  if "bytes_per_token" not in known or evaluator.kwargs.get("bytes_per_token") is not None:
+    return evaluator
+  found = getattr(source, "bytes_per_token", None)
+  return dataclasses.replace(evaluator, kwargs=dict(evaluator.kwargs, bytes_per_token=found))

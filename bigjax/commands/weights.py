@@ -87,10 +87,25 @@ def _run(args):
     raise UserError(
       f"{args.source}: the model {config.model.name!r} is none of transformers; 'decoder' and 'bert' are."
     )
+  if config.lora is not None:
+    return module.options, *_merged(config, args), config.init_from and config.init_from.weights
   with Checkpoints(args.source, read_only=True, where="SOURCE") as checkpoints:
     leaves = checkpoints.read(args.step, only=("params/", "extras/"))
   of = lambda kind: {n.partition("/")[2]: x for n, x in leaves.items() if n.startswith(f"{kind}/")}
   return module.options, of("params"), of("extras"), config.init_from and config.init_from.weights
+
+
+def _merged(config, args):
+  """The leaves of a tuned run, its adapters added to what they are for."""
+  from bigjax import experiment, tuned
+  from bigjax.checkpoint import Checkpoints
+
+  run = experiment.build(config)
+  with Checkpoints(args.source, read_only=True, where="SOURCE") as checkpoints:
+    found = tuned.restore(run, checkpoints, args.step)
+  if found is None:
+    raise UserError(f"{args.source} has no checkpoint yet.")
+  return run.model.merged(found[0].params, found[0].extras)
 
 
 def _published(source):

@@ -61,8 +61,9 @@ def make(
   Args:
     predict: Function of (state, batch) that returns what task language_modeling's does.
     batches: Gives the split's batches, with `mask`.
-    bytes_per_token: Mean length of a token in bytes of the text, 1 for a text read byte by byte. Needed for
-      bits_per_byte, which alone compares models of different vocabularies.
+    bytes_per_token: Mean length of a token in bytes of the text, 1 for a text read byte by byte; the source's where it
+      knows, as text, tokens and chat do. Needed for bits_per_byte, which alone compares models of different
+      vocabularies.
   """
   if bytes_per_token is not None and not bytes_per_token > 0:
     raise UserError(f"config.evals: bytes_per_token={bytes_per_token} is not above 0")
