@@ -44,7 +44,7 @@ def link(mesh: Any, axes: tuple[str, ...], profile: Profile, across_slices: bool
   sides = tuple(int(s) for s in range(places.shape[1]) if len(set(places[:, s])) > 1)
   if not sides:
     return Link("DCN" if len(slices) > 1 else "chip", _share(profile.dcn, profile) if len(slices) > 1 else None)
-  wraps = [_wraps(profile, lengths, s) and len(set(places[:, s])) == lengths[s] for s in sides]
+  wraps = [_wraps(profile, lengths, s) and len(set(places[:, s])) == int(lengths[s]) for s in sides]
   one_way = _share(profile.link_bandwidth, profile)
   return Link("ICI", sum(one_way * (2 if w else 1) for w in wraps), one_way, sides, all(wraps))
 
@@ -57,8 +57,8 @@ def _share(bandwidth, profile):
 def _wraps(profile, lengths, side) -> bool:
   """A flat pod closes its full sides; cubes of 4 x 4 x 4 are joined to rings along all sides, or none."""
   if profile.dimensions == 2:
-    return lengths[side] % profile.wraps == 0
-  return all(length % profile.wraps == 0 for length in lengths)
+    return bool(lengths[side] % profile.wraps == 0)
+  return bool(np.all(lengths % profile.wraps == 0))
 
 
 def _group(mesh, axes):

@@ -57,7 +57,7 @@ def make(run: Any, topology: str, slices: int = 1, price: float | None = None) -
   try:
     compiled = train.compile_step(run)
   except jax.errors.JaxRuntimeError as e:
-    failed = _too_large(str(e))
+    failed = too_large(str(e))
     if failed is None:
       raise
   found["compile_seconds"] = round(time.perf_counter() - started, 1)
@@ -79,7 +79,7 @@ def make(run: Any, topology: str, slices: int = 1, price: float | None = None) -
     rows = overview.collectives(run, compiled.as_text())
     axes = network.total(every, run.mesh, profile, profile.rate)
     found["communication"] = {"axes": axes, "bytes": sum(c.total for c in every), "collectives": rows}
-    found["time"] = _time(run, profile, found)
+    found["time"] = step_time(run.pace, profile, found)
     found["run"] = _whole(run, found, price)
   return found
 
@@ -127,7 +127,7 @@ def _memory(run, profile, compiled, failed) -> dict[str, Any]:
   return found
 
 
-def _too_large(message: str) -> dict[str, Any] | None:
+def too_large(message: str) -> dict[str, Any] | None:
   """Returns what the compiler said was needed and there, in bytes, if it refused a program for its memory."""
   if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
     return None
@@ -182,7 +182,7 @@ def _work(module, flops, model, profile) -> dict[str, Any]:
 # Time
 
 
-def _time(run, profile, found) -> dict[str, Any]:
+def step_time(pace, profile, found) -> dict[str, Any]:
   """Seconds of a step: the least that each resource takes, and what the compiler's estimate comes to."""
   done, axes = found["work"], found["communication"]["axes"]
   bounds = {"compute": done["product_seconds"], "HBM": done["hbm_bytes"] / (profile.hbm_bandwidth / profile.devices)}
@@ -195,7 +195,7 @@ def _time(run, profile, found) -> dict[str, Any]:
     expected = done["estimated_cycles"] / profile.rate + done["kernel_seconds"] + waiting
     expected = max(expected, bounds[bound])
   step = expected or bounds[bound]
-  count, unit = run.pace
+  count, unit = pace
   peak = profile.peak("bfloat16") / profile.devices
   useful = done["model_flops_a_device"] / peak
   return {
