@@ -67,19 +67,21 @@ class Profile:
     return tuple(f for f in figures if getattr(self, f) is None)
 
 
-# All of these are accepted by libtpu 0.0.42 and 0.0.50 (a name that it doesn't know it refuses); a test compiles with
-# each chip's. The scheduler starts collectives early and waits for them late, the fusions spread one over the work
-# beside it: https://openxla.org/xla/async_ops, https://cloud.google.com/tpu/docs/v6e-intro#performance-optimization.
+# All of these are accepted by libtpu 0.0.50, which refuses a name that it doesn't know. The scheduler starts collectives
+# early and waits for them late, the fusions spread one over the work beside it, https://openxla.org/xla/async_ops.
 _OVERLAP = {
   "xla_tpu_enable_latency_hiding_scheduler": True,
-  "xla_tpu_enable_async_collective_fusion": True,
-  "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-  "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
   "xla_tpu_overlap_compute_collective_tc": True,
   "xla_enable_async_all_gather": True,
   "xla_enable_async_collective_permute": True,
   "xla_tpu_enable_data_parallel_all_reduce_opt": True,
   "xla_tpu_data_parallel_opt_different_sized_ops": True,
+}
+# On a v5p the compiler refuses to gather so: "not supported on platforms other than TPU v5e".
+_FUSIONS = {
+  "xla_tpu_enable_async_collective_fusion": True,
+  "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+  "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
 }
 
 PROFILES = {
@@ -140,7 +142,7 @@ PROFILES = {
       wraps=16,
       dcn=2 * 100e9 / 8 / 8,
       chips_a_host=8,
-      options=_OVERLAP,
+      options=_OVERLAP | _FUSIONS,
       sources={
         **dict.fromkeys(("flops", "hbm", "hbm_bandwidth", "links", "link_bandwidth", "dcn"), _DOCS + "v5e"),
         "vmem": _JAX,
