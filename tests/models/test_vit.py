@@ -58,7 +58,8 @@ def test_embedding_patches_is_a_strided_convolution():
   kernel = rng.normal(size=(4, 4, 3, 7)).astype(np.float32)
   convolved = jax.lax.conv_general_dilated(IMAGES, kernel, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
   patches = layers.patches(IMAGES, (2, 3), 4, 3)
-  np.testing.assert_allclose(patches @ kernel.reshape(-1, 7), convolved.reshape(len(IMAGES), 6, 7), rtol=1e-4, atol=1e-4)
+  expected = convolved.reshape(len(IMAGES), 6, 7)
+  np.testing.assert_allclose(patches @ kernel.reshape(-1, 7), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("head", ["cls", "gap", "map"])
