@@ -25,7 +25,7 @@ FORMULA = (
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def make(run: Any, topology: str, slices: int = 1, price: float | None = None) -> dict[str, Any]:
+def make(run: Any, topology: str, slices: int = 1, price: float | int | None = None) -> dict[str, Any]:
   """Returns the plan of an experiment that is laid out on the devices of a topology.
 
   Args:

@@ -171,7 +171,7 @@ def page(plan: Mapping[str, Any], beside: str = "") -> str:
   return f"<!doctype html>\n{element('html', element('head', head), element('body', body), lang='en')}\n"
 
 
-def size(n: float) -> str:
+def size(n: float | int) -> str:
   """Returns bytes in words."""
   for unit in ("B", "KiB", "MiB"):
     if abs(n) < 1024:
@@ -180,7 +180,7 @@ def size(n: float) -> str:
   return f"{n:.2f} GiB"
 
 
-def flops(n: float) -> str:
+def flops(n: float | int) -> str:
   """Returns FLOPs in words."""
   for unit in ("", "k", "M", "G", "T"):
     if abs(n) < 1000:
@@ -189,7 +189,7 @@ def flops(n: float) -> str:
   return f"{n:.4g} PFLOP"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
   """Returns seconds in words."""
   return (
     f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
