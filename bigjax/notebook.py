@@ -58,7 +58,7 @@ def run(config: Any, workdir: str) -> Loaded:
   return load(workdir)
 
 
-def plan(config: Any, topology: str, *, num_slices: int = 1, price: float | None = None) -> dict[str, Any]:
+def plan(config: Any, topology: str, *, num_slices: int = 1, price: float | int | None = None) -> dict[str, Any]:
   """Compiles the step of `config` for TPUs that need not be there; returns what `bigjax plan --json` prints.
 
   Args:
