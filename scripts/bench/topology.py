@@ -61,6 +61,7 @@ LAYOUTS = {
   "fsdp": dict(mesh=[("data", -1)], sharding=[(".*", "fsdp(data,64)")]),
   "hsdp": dict(mesh=[("replica", 2), ("data", -1)], sharding=[(".*", "fsdp(data,64)")]),
 }
+CELLS = (("replicated", 1), ("replicated", 4), ("fsdp", 1), ("fsdp", 2), ("hsdp", 4))  # A layout, and parts of a batch.
 PLACES = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 4))  # Processes, and devices of each.
 
 
@@ -84,7 +85,7 @@ def main():
   for case in args.cases.split(","):
     for place in args.places.split(","):
       processes, devices = map(int, place.split("x"))
-      cells = [(case, "topology", *cell) for cell in itertools.product(LAYOUTS, (1, 2, 4))]
+      cells = [(case, "topology", *cell) for cell in CELLS]
       cells += [(case, "run", "replicated", 1)]
       cells = [cell for cell in cells if cell[2] != "hsdp" or processes * devices >= 4]
       rows += launch(processes, devices, dict(cells=cells, steps=args.steps))
@@ -181,7 +182,7 @@ def compare(devices, rounds=9):
   from bigjax import config as configs
   from bigjax import experiment, sharding, train
 
-  gpt = dict(name="gpt", vocab_size=2048, context=64, width=128, depth=4, heads=4)
+  gpt = dict(name="gpt", vocab_size=2048, context=64, width=128, depth=4, heads=4, scan=True)
   data = dict(source=dict(name="synthetic", kind="tokens", num_examples=256, vocab_size=2048, length=64))
   steps = {}
   for name, changes in {
