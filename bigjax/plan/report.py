@@ -7,6 +7,7 @@ Predicted times are not calibrated on any machine.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import time
@@ -141,18 +142,23 @@ def remedies(run: Any) -> list[str]:
   """Returns overrides that lower a step's memory, the cheapest in time first; none of them is tried."""
   config, found = run.config, []
   ways = sharding.batch_ways(run.mesh)
-  kwargs = config.model.kwargs
   if config.batch_size % (2 * ways * config.accumulate) == 0:
     found.append(f"--config.accumulate={2 * config.accumulate}  (half of the batch at a time, the same update)")
-  if hasattr(config.task, "kwargs") and config.task.kwargs.get("loss_chunks", 0) == 1:
+  if _option(config.task, "loss_chunks") == 1:
     found.append("--config.task.loss_chunks=8  (an eighth of the logits at a time)")
-  if kwargs.get("remat") == "none":
+  if _option(config.model, "remat") == "none":
     found.append("--config.model.remat=full  (activations computed again, a third more work)")
   if isinstance(config.sharding, str) and config.sharding not in ("auto", "fsdp") and run.mesh.size > 1:
     found.append("--config.sharding=fsdp  (a part of the state on each device)")
   if config.batch_size % 2 == 0 and config.batch_size // 2 >= ways:
     found.append(f"--config.batch_size={config.batch_size // 2}  (another run: it learns in other steps)")
   return [*found, "a larger topology"]
+
+
+def _option(component, name):
+  """What a component is given, or its default; None if it has no such option."""
+  parameter = inspect.signature(component.factory).parameters.get(name)
+  return None if parameter is None else component.kwargs.get(name, parameter.default)
 
 
 # Work
