@@ -67,7 +67,8 @@ class Profile:
     return tuple(f for f in figures if getattr(self, f) is None)
 
 
-# All of these are accepted by libtpu 0.0.50, which refuses a name that it doesn't know. The scheduler starts collectives
+# Set where a sharded step was compiled with them by libtpu 0.0.50, which refuses names that it doesn't know and options
+# that it doesn't allow on a chip. Elsewhere the compiler's defaults, which overlap too. The scheduler starts collectives
 # early and waits for them late, the fusions spread one over the work beside it, https://openxla.org/xla/async_ops.
 _OVERLAP = {
   "xla_tpu_enable_latency_hiding_scheduler": True,
@@ -100,7 +101,6 @@ PROFILES = {
       link_bandwidth=100e9,
       dimensions=2,
       wraps=32,
-      options=_OVERLAP,
       sources={
         **dict.fromkeys(("flops", "hbm", "hbm_bandwidth"), _DOCS + "v3"),
         "vmem": _JAX,
@@ -120,7 +120,6 @@ PROFILES = {
       link_bandwidth=45e9,
       dimensions=3,
       wraps=4,
-      options=_OVERLAP,
       sources={
         **dict.fromkeys(("flops", "hbm", "hbm_bandwidth"), _DOCS + "v4"),
         "vmem": _JAX,
@@ -162,7 +161,6 @@ PROFILES = {
       dimensions=3,
       wraps=4,
       dcn=50e9 / 8,
-      options=_OVERLAP,
       sources={
         **dict.fromkeys(("flops", "hbm", "hbm_bandwidth", "links", "link_bandwidth", "dcn"), _DOCS + "v5p"),
         "vmem": _JAX,
@@ -184,7 +182,6 @@ PROFILES = {
       wraps=16,
       dcn=4 * 200e9 / 8 / 8,
       chips_a_host=8,
-      options=_OVERLAP,
       sources={
         **dict.fromkeys(("flops", "hbm", "hbm_bandwidth", "links", "link_bandwidth", "dcn"), _DOCS + "v6e"),
         "vmem": _JAX,
@@ -205,7 +202,6 @@ PROFILES = {
       dimensions=3,
       wraps=4,
       dcn=100e9 / 8,
-      options=_OVERLAP,
       sources={
         **dict.fromkeys(("flops", "hbm", "hbm_bandwidth", "link_bandwidth", "links", "dcn"), _TPU7X),
         "vmem": _JAX,

@@ -46,7 +46,7 @@ def test_where_no_clock_is_published_the_compiler_s_estimate_of_a_product_gives_
 def test_a_device_finds_its_profile_and_a_cpu_is_told_nothing():
   device = lambda kind: types.SimpleNamespace(device_kind=kind)
   assert profiles.of(device("TPU v5 lite")).name == "v5e"
-  assert profiles.compiler_options(device("TPU v5"))["xla_tpu_enable_latency_hiding_scheduler"] is True
+  assert profiles.compiler_options(device("TPU v5e"))["xla_tpu_enable_latency_hiding_scheduler"] is True
   assert profiles.compiler_options(device("cpu")) is None
 
 
