@@ -68,9 +68,9 @@ class Profile:
 
 
 # Set where a sharded step was compiled with them by libtpu 0.0.50, which refuses names that it doesn't know and options
-# that it doesn't allow on a chip; elsewhere the compiler's defaults. The scheduler starts collectives early and waits for
-# them late, the fusions spread one over the work beside it, https://openxla.org/xla/async_ops. Where they were tried, the
-# defaults gave the same cycles and memory: they are written down so that a release that changes them changes nothing.
+# that it doesn't allow on a chip; elsewhere the compiler's defaults. The scheduler starts collectives early and waits
+# for them late, the fusions spread one over the work beside it, https://openxla.org/xla/async_ops. Where they were
+# tried, the defaults gave the same cycles and memory: a release with other defaults is to change nothing unnoticed.
 _OVERLAP = {
   "xla_tpu_enable_latency_hiding_scheduler": True,
   "xla_tpu_overlap_compute_collective_tc": True,
