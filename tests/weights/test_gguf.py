@@ -99,7 +99,9 @@ KEYS = {
   "llama": SIZES | KV | {"rope.freq_base": 5e5},
   "qwen2": SIZES | KV | {"rope.freq_base": 1e6},
   "qwen3": SIZES | KV | {"attention.key_length": 16},
-  "gemma2": SIZES | KV | {"attention.sliding_window": 4, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+  "gemma2": SIZES
+  | KV
+  | {"block_count": 4, "attention.sliding_window": 4, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
   "gemma3": SIZES | KV | {"attention.sliding_window": 4, "rope.freq_base": 1e6},
   "phi3": SIZES | KV | {"rope.dimension_count": 4},
   "gpt2": SIZES | {"attention.layer_norm_epsilon": 1e-5},
@@ -166,7 +168,9 @@ def test_the_model_is_the_one_that_was_converted(tmp_path, name, scan):
   params, _, _ = weights.load(found, found.options, *stacked.abstract)
   for leaf, value in flat(params).items():
     by_layer = leaf.replace("blocks/", "blocks/{}/")
-    expected = np.stack([leaves[by_layer.format(i)] for i in range(3)]) if scan and "blocks" in leaf else leaves[leaf]
+    expected = (
+      np.stack([leaves[by_layer.format(i)] for i in range(o.depth)]) if scan and "blocks" in leaf else leaves[leaf]
+    )
     # Half precision, or a float32 to which 1 was added and taken off again.
     np.testing.assert_allclose(np.asarray(value), expected, rtol=1e-3, atol=1e-5, err_msg=leaf)
   logits = stacked.bind(params, {})(jnp.asarray([[1, 2, 3, 4, 5, 6]]))
