@@ -1,6 +1,7 @@
 """Every config in configs/ resolves and its step holds together; the small ones show their claim, or a proxy of it."""
 
 import gzip
+import json
 import pathlib
 import re
 import struct
@@ -44,9 +45,20 @@ def data(tmp_path_factory):
   names = "MedInc HouseAge AveRooms AveBedrms Population AveOccup Latitude Longitude MedHouseVal".split()
   table = pyarrow.table({name: rng.normal(size=300) for name in names})
   pyarrow.parquet.write_table(table, folder / "california_housing.parquet", compression="brotli")
+  stored(folder, rng)
   symbols = [chr(c) for c in range(33, 33 + 65)]
   (folder / "tinyshakespeare.txt").write_text("".join(rng.choice(symbols, size=5000)) + "".join(symbols))
   return folder
+
+
+def stored(folder, rng):
+  """A token store of documents of 1,100 bytes."""
+  from bigjax.data import documents, tokenize, tokenizers
+
+  lines = [json.dumps({"text": "".join(map(chr, rng.integers(97, 123, 1100)))}) for _ in range(100)]
+  (folder / "documents.jsonl").write_text("\n".join(lines))
+  inputs = documents.Inputs((str(folder / "documents.jsonl"),))
+  tokenize.tokenize(inputs, str(folder / "store"), tokenizers.load("byte"), workers=1)
 
 
 def resolve(file, variant, data):
@@ -54,8 +66,11 @@ def resolve(file, variant, data):
   arguments = [variant] if variant else []
   arguments += [f"data={data}"] if 'data="data"' in source else []
   arguments += [f"text={data / 'tinyshakespeare.txt'}"] if "text=" in source else []
+  arguments += [f"tokens={data / 'store'}"] if "tokens=" in source else []
   spec = f"{file}:{','.join(arguments)}" if arguments else str(file)
-  return configs.resolve(configs.read(spec, OVERRIDES), experiment.TrainConfig)
+  # What is too large for one device says itself how it's spread.
+  overrides = OVERRIDES[:1] if "tokens=" in source else OVERRIDES
+  return configs.resolve(configs.read(spec, overrides), experiment.TrainConfig)
 
 
 @pytest.mark.parametrize(("file", "variant"), CASES, ids=lambda x: x.stem if isinstance(x, pathlib.Path) else x)
