@@ -158,7 +158,7 @@ def make_step(run: Experiment):
       sums, extras = run.loss(params, extras, batch, key)
       return sums.sums["loss"] * scale, (sums, extras)
 
-    accumulated = lambda grad_fn: accumulate(grad_fn, run.config.accumulate)
+    accumulated = lambda grad_fn: accumulate(grad_fn, run.config.accumulate, skip=run.growth is not None)
     summed = run.division.summed(jax.grad(loss, has_aux=True), accumulated)
     grads, (sums, extras) = summed(params, extras, batch, key)
     weight = sums.weights["loss"]
@@ -180,8 +180,11 @@ def make_step(run: Experiment):
   return run.division.jit(step, donate_argnums=0, out_shardings=(run.shardings, None))
 
 
-def accumulate(grad_fn, parts: int):
-  """Returns `grad_fn` computed over `parts` of the batch, one after another, sums added; as the whole batch at once."""
+def accumulate(grad_fn, parts: int, skip: bool = False):
+  """Returns `grad_fn` computed over `parts` of the batch, one after another, sums added; as the whole batch at once.
+
+  `skip` leaves out those that are all padding, but for the first.
+  """
   if parts == 1:
     return grad_fn
 
@@ -190,10 +193,15 @@ def accumulate(grad_fn, parts: int):
     split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
     part = lambda i: jax.tree.map(lambda x: x[i], split)
 
-    def body(carry, i):
+    def add(carry, i):
       total, sums, extras = carry
       grads, (more, extras) = grad_fn(params, extras, part(i), jax.random.fold_in(key, i))
-      return (jax.tree.map(jnp.add, total, grads), sums + more, extras), None
+      return jax.tree.map(jnp.add, total, grads), sums + more, extras
+
+    def body(carry, i):
+      if not skip:
+        return add(carry, i), None
+      return jax.lax.cond(part(i)["mask"].any(), add, lambda carry, _: carry, carry, i), None
 
     grads, (sums, extras) = grad_fn(params, extras, part(0), jax.random.fold_in(key, 0))
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)  # Those of bfloat16 parameters are bfloat16.
@@ -217,6 +225,7 @@ def train_batches(run: Experiment, first: int) -> pipeline.Ahead:
     seed=run.config.seed,
     preprocess=run.data.preprocess,
     start_step=first,
+    growth=run.growth,
     host=mine,
     hosts=parts,
   )

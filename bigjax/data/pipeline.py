@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bigjax.data import growth as growing
 from bigjax.data import order
 from bigjax.errors import UserError
 
@@ -37,6 +38,7 @@ def train_batches(
   seed: int,
   preprocess: tuple[Any, ...] = (),
   start_step: int = 0,
+  growth: growing.Growth | None = None,
   host: int | Sequence[int] = 0,
   hosts: int = 1,
   prefetch: int = 2,
@@ -50,12 +52,13 @@ def train_batches(
     seed: Of the order and of the ops' randomness.
     preprocess: Ops in order, see bigjax/data/ops.
     start_step: The step of the first batch.
+    growth: Leaves rows of early batches empty, of `mask` 0.
     host: Which part of each batch: the `host`-th of `hosts` equal ones, in order, or several of them.
     hosts: Number of parts.
     prefetch: Batches made ahead, or as many as there are threads if these are more.
     threads: Workers for array ops; one a core, 4 at most, if None.
   """
-  plan = Plan(source, batch_size, host, hosts, seed=seed)
+  plan = Plan(source, batch_size, host, hosts, seed=seed, growth=growth)
   return _batches(plan, tuple(preprocess), start_step, prefetch, threads)
 
 
@@ -199,6 +202,7 @@ class Plan:
   host: int | Sequence[int]  # Which of `hosts` equal parts, or several of them, in order.
   hosts: int
   seed: int | None = None
+  growth: growing.Growth | None = None
 
   def __post_init__(self):
     if self.batch_size < 1 or self.batch_size % self.hosts:
@@ -226,7 +230,10 @@ class Plan:
     size = self.batch_size // self.hosts
     step, place = np.divmod(places, self.local_size)
     part, offset = np.divmod(place, size)
-    positions = step * self.batch_size + self.parts[part] * size + offset
+    row, mask = self.parts[part] * size + offset, np.ones(len(places), bool)
+    positions = step * self.batch_size + row
+    if self.growth is not None:
+      positions, mask = self.growth.rows(step, row, self.batch_size)
     if self.seed is None:
       last = len(self.source) - 1
       return np.zeros_like(positions), np.minimum(positions, last), (positions <= last).astype(np.float32)
@@ -234,7 +241,7 @@ class Plan:
       epochs, ids = self.source.order(positions, self.seed)
     else:
       epochs, ids = order.shuffled(len(self.source), positions, self.seed)
-    return epochs, ids, np.ones(len(positions), np.float32)
+    return epochs, ids, mask.astype(np.float32)
 
   def keys(self, epochs: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return order.example_keys(self.seed or 0, epochs, ids)
@@ -242,6 +249,10 @@ class Plan:
 
 def _batches(plan, ops, start_step, prefetch, threads):
   pairing = [op.name for op in ops if op.name.rpartition(".")[2] in ("mixup", "cutmix")]
+  if pairing and plan.growth is not None:
+    raise UserError(
+      f"config.batch_warmup: {pairing[0]} mixes neighbours, some of which are not there yet. Take one out."
+    )
   if pairing and len(plan.parts) > 1 and plan.batch_size // plan.hosts % 2:
     raise UserError(
       f"batch_size: {pairing[0]} mixes neighbours, and {plan.batch_size} in {plan.hosts} parts puts them on different "
