@@ -21,6 +21,7 @@ from bigjax import checkpoint, lora, precision, quantize, schedules, sharding, t
 from bigjax import state as states
 from bigjax.best import Watch
 from bigjax.config import Component
+from bigjax.data import growth as growing
 from bigjax.data import ops, pipeline
 from bigjax.errors import UserError
 from bigjax.schedules import Duration
@@ -118,6 +119,19 @@ class PipelineConfig:
   repeats: int = 1  # Rounds each of them makes: layers are dealt out to the stages in so many turns.
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchWarmupConfig:
+  """Batches that grow to `batch_size`, a part at a time; shapes stay, what is not there yet is padding.
+
+  Parts of `accumulate` that are all padding are not computed, so with it the warm-up is as much faster as its batches
+  are smaller; without it the time of a step stays. Durations, and the speed shown, count whole batches.
+  """
+
+  until: Duration  # When the batch is whole.
+  first: int = 1  # Parts at the start.
+  parts: int | None = None  # Of a batch; None: those of `accumulate`, 8 where that is 1.
+
+
 Schedule = Annotated[Component, "schedules"]
 
 
@@ -145,6 +159,7 @@ class TrainConfig:
   ema: float | None = None  # Decay of an average of the parameters, evaluated beside them.
   ema_warmup: bool = False  # The decay is at most (1 + t) / (10 + t) at update t, so that the start is soon forgotten.
   accumulate: int = 1  # Parts a batch is computed in; the update is that of the whole.
+  batch_warmup: BatchWarmupConfig | None = None  # Smaller batches at the start.
 
   # In what numbers.
   precision: precision.Mode | precision.PrecisionConfig = "float32"  # "mixed", "bfloat16", ...: see precision.py.
@@ -249,6 +264,19 @@ class Experiment:
       return self.task.loss(module, batch, key=key), self.model.extras(module, extras)
 
   @property
+  def growth(self) -> growing.Growth | None:
+    """How the batch grows."""
+    warmup = self.config.batch_warmup
+    if warmup is None:
+      return None
+    parts = warmup.parts or (self.config.accumulate if self.config.accumulate > 1 else 8)
+    if self.config.batch_size % parts:
+      raise UserError(f"config.batch_warmup.parts: {parts} parts do not divide a batch of {self.config.batch_size}.")
+    if not 1 <= warmup.first < parts:
+      raise UserError(f"config.batch_warmup.first: {warmup.first} of {parts} parts; give 1 to {parts - 1}.")
+    return growing.Growth(parts, warmup.first, self.steps(warmup.until, "config.batch_warmup.until"))
+
+  @property
   def borrows(self) -> bool:
     """Whether most of the model is another run's, and stays there: checkpoints hold adapters only."""
     return self.config.lora is not None and self.config.init_from is not None
@@ -295,7 +323,7 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
       params,
       clip=None if config.clip is None else dataclasses.asdict(config.clip),
       decay=config.decay,
-      lr_multipliers=config.lr_multipliers,
+      lr_multipliers=(*config.lr_multipliers, *model.lr_multipliers),
       freeze=config.freeze,
       ema=config.ema,
       ema_warmup=config.ema_warmup,
@@ -311,7 +339,9 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
   shardings = sharding.shard_tree(abstract, config.sharding, layout.mesh, **tree)
   divide = {"run": topology.shared, "topology": topology.alone}[config.determinism]
   division = divide(layout, config.groups, config.batch_size, extras)
-  return Experiment(config, layout, data, batch, clock, model, task, optimizer, outputs, abstract, shardings, division)
+  run = Experiment(config, layout, data, batch, clock, model, task, optimizer, outputs, abstract, shardings, division)
+  run.growth  # noqa: B018  # Refuses parts that can't be.
+  return run
 
 
 def _layout(config, devices):

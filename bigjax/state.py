@@ -95,6 +95,11 @@ class Model:
     return None if self.tuned is None else self._traced[3]
 
   @property
+  def lr_multipliers(self) -> tuple[tuple[str, float], ...]:
+    """Rules for learning rates that the model's parametrisation asks for; adapters have none."""
+    return () if self.adapters is not None else self._traced[4]
+
+  @property
   def abstract(self) -> tuple[PyTree, PyTree]:
     """The shapes of (params, extras)."""
     if self.adapters is None:
@@ -113,7 +118,7 @@ class Model:
     graphdef, params, extras = nnx.split(module, nnx.Param, ...)
     params = precision.cast(_plain(params), self.kept)
     adapters = None if self.tuned is None else lora.of(self.tuned, module, params)
-    return graphdef, params, _plain(extras), adapters
+    return graphdef, params, _plain(extras), adapters, tuple(getattr(module, "lr_multipliers", ()))
 
 
 def create(key: jax.Array, model: Model, tx: optax.GradientTransformation) -> TrainState:
