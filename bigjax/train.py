@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from bigjax.data import pipeline
 from bigjax.errors import UserError
 from bigjax.evaluation import Evaluation
 from bigjax.experiment import OBSERVING, Experiment, TrainConfig, build
-from bigjax.plan import profiles
+from bigjax.plan import mfu, profiles
 
 STOPPED = 75  # Exit code of a run that was asked to stop and saved itself (sysexits' "try again later").
 
@@ -64,7 +64,7 @@ def train(config: TrainConfig, workdir: str) -> str:
     progress.say(overview.headline(run))
 
     key = jax.device_put(jax.random.fold_in(jax.random.key(config.seed), 1), sharding.replicated(run.mesh))
-    logger = Logger(writers, progress)
+    logger = Logger(writers, progress, mfu.of(run))
     log_every = run.steps(config.log_every, "config.log_every")
     save_every = [run.steps(config.checkpoint_every, "config.checkpoint_every")]
     save_every += [run.keep().every] if config.keep.every is not None else []  # What is to be kept has to be saved.
@@ -247,8 +247,9 @@ def refuse_broken(step: int, measured: Mapping[str, Any]) -> None:
 class Logger:
   """Fetches a step's metrics once the next step is on its way, so that the devices never wait for the host."""
 
-  def __init__(self, writers: metrics.Writers, progress: metrics.Progress):
+  def __init__(self, writers: metrics.Writers, progress: metrics.Progress, speed: Callable[[Any], Mapping[str, float]]):
     self._writers, self._progress, self._pending = writers, progress, None
+    self._speed = speed  # What there is to say of so many steps a second.
 
   def step(self, step: int, measured: Mapping[str, jax.Array] | None) -> None:
     self.flush()
@@ -266,6 +267,7 @@ class Logger:
       return
     (step, measured), self._pending = self._pending, None
     values = {k: float(v) for k, v in jax.device_get(measured).items()}
+    values |= self._speed(self._progress.steps_per_second())
     self._writers.write(step, values)
     self._progress.update(step, values)
     refuse_broken(step, values)

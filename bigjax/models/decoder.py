@@ -216,6 +216,7 @@ class Decoder(nnx.Module):
     """Returns the logits of the next token; the kernel is the embedding of the tokens where they are `tied`."""
     embed = self.token_embed if self.head is None else self.head
     logits = layers.unembed(hidden, embed.embedding[...].astype(self.options.compute))
+    logits = logits if self.options.mup_base is None else logits / self.options.wider
     cap = self.options.logit_softcap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -229,6 +230,11 @@ class Decoder(nnx.Module):
     train: bool = False,
   ) -> Float32[Array, "batch seq vocab"]:
     return self.unembed(self.hidden(tokens, segments=segments, positions=positions, key=key, train=train)[0])
+
+  @property
+  def lr_multipliers(self) -> tuple[tuple[str, float], ...]:
+    """Rules for learning rates that belong to the parametrisation."""
+    return ((".*blocks/.*/kernel", 1 / self.options.wider),) if self.options.mup_base else ()
 
   def settle(self) -> None:
     """Once a step: moves the routers' biases by the load that training counted."""
@@ -324,6 +330,7 @@ def make(
   exchange: Literal["auto", "gather", "ragged"] | None = None,
   balance_loss: float | None = None,
   router_z_loss: float | None = None,
+  mup_base: int | None = None,
   dropout: float = 0.0,
   attention: str = "auto",
   scan: bool = False,
@@ -371,6 +378,9 @@ def make(
     balance_loss: weight of the loss that balances experts in each sequence, 1e-4 in
       https://arxiv.org/abs/2412.19437 [0].
     router_z_loss: weight of the squared log-sum-exp of the router, 1e-3 in https://arxiv.org/abs/2202.08906 [0].
+    mup_base: the width at which the learning rate was found, which then holds for any: Tensor Programs V, table 8 for
+      Adam, https://arxiv.org/abs/2203.03466. Kernels of blocks start smaller by sqrt(mup_base / width) and learn slower
+      by mup_base / width, logits are multiplied by that, scores are divided by head_dim [none].
     dropout: rate on embeddings, attention weights and what enters the residual stream.
     attention: the backend, see attention.py.
     scan: compile one period of layers and scan over them; parameters get a leading axis. For depth and for TPUs.
@@ -411,6 +421,11 @@ def check(o: Options) -> None:
     raise UserError(f"model.window is missing, which the L of model.pattern {o.pattern!r} is for.")
   if o.window is not None and "L" not in o.pattern:
     raise UserError(f'model.pattern: {o.pattern!r} has no layer for the window of {o.window}; "L" puts it on all.')
+  if o.mup_base is not None:
+    layers.check_positive(mup_base=o.mup_base)
+    other = [n for n in ("experts", "kv_rank", "embed_scale", "scale_dim") if getattr(o, n)]
+    if other:
+      raise UserError(f"model.mup_base: how {other[0]} scale with the width is not known here. Leave one of them out.")
   if o.experts:
     moe.check(o.experts, o.top_k, o.groups, o.top_groups)
     rest = o.depth - o.first_dense

@@ -75,6 +75,7 @@ class Options:
   exchange: str = "auto"
   balance_loss: float = 0.0
   router_z_loss: float = 0.0
+  mup_base: int | None = None
   dropout: float = 0.0
   attention: str = "auto"
   scan: bool = False
@@ -84,6 +85,11 @@ class Options:
   @property
   def compute(self) -> Any:
     return layers.DTYPES[self.dtype]
+
+  @property
+  def wider(self) -> float:
+    """How many times the width at which hyperparameters were found, for muP."""
+    return self.width / (self.mup_base or self.width)
 
   @property
   def ropes(self) -> dict[str, Rope]:
@@ -145,7 +151,8 @@ def make_norm(o: Options, rngs: nnx.Rngs, width: int | None = None) -> nnx.Modul
 
 def _dense(o: Options, rngs: nnx.Rngs, inputs: int, outputs: int, *, bias: bool = False, end: bool = False):
   """A dense layer; what enters the residual stream starts smaller by 1 / sqrt(number of such), as in GPT-2."""
-  init = nnx.initializers.normal(0.02 / math.sqrt(2 * o.depth) if end else 0.02)
+  scale = 0.02 / math.sqrt(o.wider)
+  init = nnx.initializers.normal(scale / math.sqrt(2 * o.depth) if end else scale)
   return layers.Dense(inputs, outputs, use_bias=bias, kernel_init=init, dtype=o.compute, rngs=rngs)
 
 
@@ -155,7 +162,8 @@ class Attention(nnx.Module):
   def __init__(self, o: Options, rngs: nnx.Rngs):
     heads, kv_heads, dim = o.heads, o.kv_heads or o.heads, o.head_size
     self.heads, self.kv_heads, self.qk_norm = heads, kv_heads, o.qk_norm
-    self.scale = (o.scale_dim or dim) ** -0.5
+    # muP wants 1 / dim; this is the usual 1 / sqrt(dim) for heads of 64.
+    self.scale = 8 / dim if o.mup_base else (o.scale_dim or dim) ** -0.5
     bias = o.bias != "none"
     self.query = _dense(o, rngs, o.width, heads * dim, bias=bias)
     self.key = _dense(o, rngs, o.width, kv_heads * dim, bias=bias)
