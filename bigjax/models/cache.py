@@ -8,6 +8,7 @@ the window is long; latent attention keeps the latent vector. In "int8" there is
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,12 @@ from jaxtyping import Array, Float, Int
 
 from bigjax import sharding
 from bigjax.errors import UserError, suggest
+from bigjax.models.attention import attend
 
 TYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16, "int8": jnp.int8}
 
-Kept = dict[str, Array]  # By what it is: [batch, heads, slots, dim]; in a scanned stack after an axis of layers.
+# Arrays, or shapes, by what they are: [batch, heads, slots, dim]; in a scanned stack after an axis of layers.
+Kept = dict[str, Any]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["kept", "count", "padding", "index"], meta_fields=[])
@@ -68,6 +71,14 @@ class Layer:
       array = array.astype(jnp.float32) * mine(self.kept[_scale(name)])
     return array.astype(dtype).swapaxes(1, 2)
 
+  def recall(
+    self, query: Float[Array, "batch 1 heads dim"], *, scale: float | None = None, softcap: float | None = None
+  ) -> Float[Array, "batch 1 heads value_dim"]:
+    """Returns what one token sees of those whose `key` and `value` are kept, itself among them."""
+    key, value = self.read("key", query.dtype), self.read("value", query.dtype)
+    how = dict(scale=scale, softcap=softcap, backend="reference")
+    return attend(query, key, value, key_segments=self.filled(), **how)
+
   def filled(self) -> Int[Array, "batch slots"]:
     """Returns 1 for slots that hold a token which the one added last sees, else 0."""
     age = (self.count - jnp.arange(self.slots)) % self.slots
@@ -80,8 +91,8 @@ class Cache:
   """What all layers of a model keep; made by its `empty_cache`."""
 
   layers: tuple[Kept, ...]
-  count: Int[Array, ""]
-  padding: Int[Array, " batch"]
+  count: Any  # As in `Layer`, as is the padding.
+  padding: Any
 
   def places(self, seq: int) -> tuple[Int[Array, "batch seq"], Int[Array, "batch seq"] | None]:
     """Returns the positions of the next tokens, and where there are several their segments: 0 is padding."""

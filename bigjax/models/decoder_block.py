@@ -189,10 +189,9 @@ class Attention(nnx.Module):
     """Returns what the tokens at hand see of each other, [batch, seq, heads, dim]."""
     return attend(query, new["key"], new["value"], scale=self.scale, **how)
 
-  def recall(self, query: Array, cache: Layer, **how) -> Array:
+  def recall(self, query: Array, cache: Layer, softcap: float | None) -> Array:
     """Returns what one token sees of those in a cache, itself among them."""
-    key, value = cache.read("key", query.dtype), cache.read("value", query.dtype)
-    return attend(query, key, value, scale=self.scale, key_segments=cache.filled(), **how)
+    return cache.recall(query, scale=self.scale, softcap=softcap)
 
 
 class LatentAttention(nnx.Module):
@@ -234,19 +233,23 @@ class LatentAttention(nnx.Module):
     query, key, value = (checkpoint_name(x, "qkv") for x in (query, key, value))
     return attend(query, key, value, scale=self.scale, **how)
 
-  def recall(self, query: Array, cache: Layer, **how) -> Array:
+  def recall(self, query: Array, cache: Layer, softcap: float | None) -> Array:
     """Returns what one token sees of those in a cache, itself among them.
 
     The products that make keys and values of the latent vectors go to the query and the result instead: all heads then
     share one key and value, the vector itself (section 2.1.2 of the paper).
     """
-    kernel = self.kv_up.kernel[...].astype(query.dtype).reshape(self.rank, self.heads, -1)
-    to_key, to_value = jnp.split(kernel, [self.split], axis=-1)
+    if getattr(self.kv_up, "adapter", None) is None:
+      kernel = self.kv_up.kernel[...].astype(query.dtype)
+    else:
+      kernel = self.kv_up(jnp.eye(self.rank, dtype=query.dtype))
+    to_key, to_value = jnp.split(kernel.reshape(self.rank, self.heads, -1), [self.split], axis=-1)
     still, turning = jnp.split(query, [self.split], axis=-1)
     query = jnp.concatenate([jnp.einsum("bqhn,rhn->bqhr", still, to_key), turning], axis=-1)
     latent = cache.read("latent", query.dtype)
     key = jnp.concatenate([latent, cache.read("turning", query.dtype)], axis=-1)
-    out = attend(query, key, latent, scale=self.scale, key_segments=cache.filled(), **how)
+    how = dict(scale=self.scale, softcap=softcap, backend="reference")
+    out = attend(query, key, latent, key_segments=cache.filled(), **how)
     return jnp.einsum("bqhr,rhv->bqhv", out, to_value)
 
 
@@ -327,7 +330,7 @@ class Block(nnx.Module):
     query, new = self.attn.project(before, tables.get(self.local_rope if local else "rope"))
     cache = None if cache is None else cache.add(new)
     if cache is not None and x.shape[1] == 1:
-      out = self.attn.recall(query, cache, softcap=self.softcap, backend="reference")
+      out = self.attn.recall(query, cache, self.softcap)
     else:
       out = self.attn.attend(
         query,
@@ -339,7 +342,7 @@ class Block(nnx.Module):
         softcap=self.softcap,
         dropout_rate=self.dropout,
         dropout_key=keys[0],
-        backend=self.backend,
+        backend=self.backend if cache is None else "auto",  # Prompts have any length.
       )
     out = checkpoint_name(out.reshape(*x.shape[:2], -1), "attention")
     x = add(x, self.attn.out(out), self.post1, keys[1])

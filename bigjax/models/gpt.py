@@ -5,12 +5,16 @@ https://cdn.openai.com/better-language-models/language_models_are_unsupervised_m
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from bigjax import sharding
 from bigjax.errors import UserError
+from bigjax.models import cache as caches
 from bigjax.models import layers, ring
+from bigjax.models.cache import Cache
 
 # Table 2 of the paper.
 VARIANTS = {
@@ -33,6 +37,7 @@ class GPT(nnx.Module):
   position_embed: nnx.Embed
   blocks: nnx.Module
   norm: nnx.LayerNorm
+  heads: int
   head: nnx.Embed | None  # None: the token embedding is the head.
   dropout: float
   remat: str
@@ -51,9 +56,9 @@ class GPT(nnx.Module):
 
     Documents packed in a row have `segments`, which don't see each other, and `positions` of their own.
     """
-    seq, context = tokens.shape[1], self.position_embed.num_embeddings
-    if seq > context:
-      raise UserError(f"model.context: {context} positions are too few for sequences of {seq} tokens. Raise it.")
+    seq = tokens.shape[1]
+    if seq > self.context:
+      raise UserError(f"model.context: {self.context} positions are too few for sequences of {seq} tokens. Raise it.")
     embed_key, stack_key = layers.subkeys(layers.training_key(key, train, self.dropout), 2)
     positions = ring.positions(seq)[None] if positions is None else ring.balance(positions)
     x = self.token_embed(ring.balance(tokens)) + self.position_embed(positions)
@@ -61,6 +66,39 @@ class GPT(nnx.Module):
     packed = {} if segments is None else {"segments": ring.balance(segments)}
     x, _ = layers.run_stack(self.blocks, x, key=stack_key, remat=self.remat, **packed)
     return ring.unbalance(self.norm(x).astype(self.dtype)), {}
+
+  def empty_cache(self, padding: Int[Array, " batch"], slots: int, dtype: str | None = None) -> Cache:
+    """Returns a cache for `slots` tokens a row, of which the first `padding` will be padding; see `cache.empty`."""
+    keeps = dict.fromkeys(("key", "value"), (self.heads, self.position_embed.features // self.heads))
+    listed = isinstance(self.blocks, nnx.List)
+    depth = len(self.blocks) if listed else jax.tree.leaves(self.blocks)[0].shape[0]
+    kept = [(keeps, None, None)] * depth if listed else [(keeps, None, depth)]
+    return caches.empty(kept, padding, slots, dtype or jnp.dtype(self.dtype).name)
+
+  def extend(self, tokens: Int[Array, "batch seq"], cache: Cache) -> tuple[Float[Array, "batch seq width"], Cache]:
+    """Returns what `unembed` turns into logits, of tokens after those in the cache, and the cache with them.
+
+    First come the first tokens of all rows together, padding in front of the shorter; then one at a time.
+    """
+    positions, segments = cache.places(tokens.shape[1])
+    x = self.token_embed(tokens) + self.position_embed(jnp.minimum(positions, self.context - 1))
+    packed = {} if segments is None else {"segments": segments}
+
+    def extend(x, block, kept):
+      x, aux = block(x, cache=kept[0], **packed)
+      return x, [aux["cache"]]
+
+    x, cache = cache.run(extend, [(self.blocks, 1)], sharding.constrain(x, "batch", "seq", "embed"))
+    return self.norm(x).astype(self.dtype), cache.after(tokens.shape[1])
+
+  @property
+  def context(self) -> int:
+    """The longest sequence."""
+    return self.position_embed.num_embeddings
+
+  @property
+  def vocab_size(self) -> int:
+    return self.token_embed.num_embeddings
 
   def unembed(self, hidden: Float[Array, "batch seq width"]) -> Float32[Array, "batch seq vocab"]:
     """Returns the logits of the next token; the kernel is the embedding of the tokens unless `tied` is off."""
@@ -147,6 +185,7 @@ def make(
     position_embed=embed(context),
     blocks=layers.stack(block, depth, scan=scan, rngs=rngs),
     norm=nnx.LayerNorm(width, epsilon=1e-5, use_bias=bias, rngs=rngs),
+    heads=sizes["heads"],
     head=None if tied else embed(vocab_size),
     dropout=dropout,
     remat=remat,

@@ -15,6 +15,7 @@ from bigjax import sharding
 from bigjax.errors import UserError, suggest
 from bigjax.models import pipeline
 from bigjax.models.attention import attend
+from bigjax.models.cache import Layer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -232,13 +233,23 @@ class SelfAttention(nnx.Module):
     self.out = Dense(width, width, use_bias=bias, kernel_init=init.out, dtype=dtype, rngs=rngs)
 
   def __call__(
-    self, x: Float[Array, "batch seq width"], *, key: PRNGKeyArray | None = None, segments: Array | None = None
-  ) -> Array:
+    self,
+    x: Float[Array, "batch seq width"],
+    *,
+    key: PRNGKeyArray | None = None,
+    segments: Array | None = None,
+    cache: Layer | None = None,
+  ) -> tuple[Array, Layer | None]:
+    """Returns what goes on, and the cache with the tokens: all rows' first ones together, or one more of each."""
     qkv = checkpoint_name(self.qkv(x), "qkv").reshape(*x.shape[:2], self.heads, 3, -1)
     query, key_, value = (sharding.constrain(qkv[:, :, :, i], "batch", "seq", "heads", None) for i in range(3))
-    how = dict(causal=self.causal, balanced=self.causal, segments=segments)
-    out = attend(query, key_, value, dropout_rate=self.dropout, dropout_key=key, **how)
-    return self.out(out.reshape(x.shape))
+    cache = None if cache is None else cache.add({"key": key_, "value": value})
+    if cache is not None and x.shape[1] == 1:
+      out = cache.recall(query)
+    else:
+      how = dict(causal=self.causal, balanced=self.causal, segments=segments)
+      out = attend(query, key_, value, dropout_rate=self.dropout, dropout_key=key, **how)
+    return self.out(out.reshape(x.shape)), cache
 
 
 class Mlp(nnx.Module):
@@ -291,15 +302,18 @@ class Block(nnx.Module):
     key: PRNGKeyArray | None = None,
     drop_rate: Array | None = None,
     segments: Int[Array, "batch seq"] | None = None,
-  ) -> tuple[Array, dict[str, Array]]:
+    cache: Layer | None = None,
+  ) -> tuple[Array, dict[str, Any]]:
     keys = subkeys(key, 6)
 
     def residual(x, branch, dropout_key, path_key):
       x = x + drop_path(dropout(branch, self.dropout, dropout_key), drop_rate, path_key)
       return sharding.constrain(x, "batch", "seq", "embed")
 
-    x = residual(x, self.attn(self.norm1(x), key=keys[0], segments=segments), keys[1], keys[2])
-    return residual(x, self.mlp(self.norm2(x), key=keys[3]), keys[4], keys[5]), {}
+    out, cache = self.attn(self.norm1(x), key=keys[0], segments=segments, cache=cache)
+    x = residual(x, out, keys[1], keys[2])
+    x = residual(x, self.mlp(self.norm2(x), key=keys[3]), keys[4], keys[5])
+    return x, {} if cache is None else {"cache": cache}
 
 
 # What tensor parallelism splits in a block: the columns of what makes heads and hidden units, the rows of what takes

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 
 from bigjax import sharding
 from bigjax.errors import UserError
-from bigjax.models import decoder
+from bigjax.models import decoder, gpt
 
 SMALL = dict(vocab_size=13, context=16, width=16, depth=4, heads=4, kv_heads=2, mlp_dim=24)
 EXPERTS = dict(experts=4, top_k=2, expert_dim=12)
@@ -30,13 +30,15 @@ KINDS = {
   "latent": LATENT | dict(rope_scaling="yarn", rope_factor=4.0, rope_sharpen=1.0),
   "latent and experts": LATENT | EXPERTS | dict(query_rank=6, first_dense=1, shared_experts=1, scoring="sigmoid"),
 }
+GPT = dict(vocab_size=13, context=16, width=16, depth=4, heads=4)
 TOKENS = np.random.default_rng(0).integers(0, 13, (3, 15)).astype(np.int32)
 
 
 @functools.cache
 def built(kind, **changes):
   """A model whose parameters are far from where they start."""
-  make = lambda: decoder.make(**SMALL | KINDS[kind] | changes, rngs=nnx.Rngs(0))
+  arguments = (GPT if kind == "gpt" else SMALL | KINDS[kind]) | changes
+  make = lambda: (gpt if kind == "gpt" else decoder).make(**arguments, rngs=nnx.Rngs(0))
   graphdef, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
   rng = np.random.default_rng(0)
   drawn = lambda path, p: jnp.asarray(rng.normal(0, 0.3, p.shape) + (path[-1].key == "scale"), jnp.float32)
@@ -65,7 +67,7 @@ def plain_logits(graphdef, params, rest, tokens):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["gpt", *KINDS])
 def test_cached_logits_are_those_of_the_whole_sequence(kind, scan):
   model = built(kind, scan=scan)
   padding = np.array([0, 2, 5], np.int32)  # Rows of different length, which end together.
@@ -117,7 +119,7 @@ def test_experts_with_a_capacity_take_every_token_when_decoding():
 
 @pytest.mark.parametrize("kind", ["groups of heads", "latent and experts"])
 def test_a_cache_is_split_over_a_mesh(kind):
-  graphdef, params, rest = built(kind, scan=True)
+  graphdef, params, rest = built(kind, scan=True, vocab_size=14)
   mesh = jax.make_mesh((2, 2, 2), ("data", "expert", "tensor"), axis_types=(AxisType.Auto,) * 3)
   roles = {"tensor": decoder.TENSOR + decoder.moe.TENSOR, "expert": decoder.EXPERT}
   layout = sharding.shard_tree(params, "fsdp(data,4)+tensor+expert", mesh, roles=roles)
