@@ -50,7 +50,8 @@ def _leaf(leaf, source, drop: Callable[[], Any]) -> jax.Array:
   for device, index in sharding.addressable_devices_indices_map(tuple(leaf.shape)).items():
     bounds = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
     if bounds not in shards:
-      shards[bounds] = _shard(bounds, leaf.dtype, source, device, drop)
+      with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("alone",))):  # Whatever mesh is set around this.
+        shards[bounds] = _shard(bounds, leaf.dtype, source, device, drop)
     arrays.append(jax.device_put(shards[bounds], device))
   return jax.make_array_from_single_device_arrays(tuple(leaf.shape), sharding, arrays)
 

@@ -208,8 +208,8 @@ def test_another_model_is_refused_by_its_options(small):
   model = built(**SMALL, rope_scaling="linear", rope_factor=2.0)
   given = options(**SMALL, rope_scaling="linear", rope_factor=2.0), *model.abstract
   weights.load(weights.open_weights(small[0]), *given, changed=("rope_scaling", "rope_factor"))
-  with pytest.raises(UserError, match="changed: 'rope_scale' is no option of the model. Did you mean 'rope_scaling'"):
-    weights.load(weights.open_weights(small[0]), *given, changed=("rope_scale",))
+  with pytest.raises(UserError, match="changed: 'rope_scalings' is no option of the model. Did you mean 'rope_scaling'"):
+    weights.load(weights.open_weights(small[0]), *given, changed=("rope_scalings",))
 
 
 def test_what_config_json_says_is_held_against_what_there_is(small, tmp_path):
