@@ -22,7 +22,12 @@ VARIANTS = {
   "binary_mlp": ["fold=1,folds=5"],
 }
 # Batches of 12 or 100 examples can't be split over the tests' eight devices, so these hold copies.
-OVERRIDES = ["--config.writers=('jsonl',)", "--config.mesh=(('data', 1), ('tensor', 8))"]
+OVERRIDES = [
+  "--config.writers=('jsonl',)",
+  "--config.mesh=(('data', 1), ('tensor', 8))",
+  "--config.sharding=replicated",
+]
+OVERRIDES += [f"--config.activations.{word}=None" for word in ("heads", "hidden", "vocab")]
 CASES = [(file, variant) for file in CONFIGS for variant in VARIANTS.get(file.stem, [""])]
 
 

@@ -115,7 +115,7 @@ def test_a_tuned_run_goes_on_to_the_bit_and_with_its_layers_stacked(base, text, 
     config(text, total_steps=4, schedule=dict(name="constant", peak=1e-2), **changes), str(tmp_path / "a")
   )
   run = experiment.build(through.config)
-  with jax.set_mesh(run.mesh), Checkpoints(tmp_path / "b") as checkpoints:
+  with jax.set_mesh(run.mesh), Checkpoints(str(tmp_path / "b")) as checkpoints:
     step, (state, _) = train.compile_step(run), train.start(run, checkpoints)
     key = jax.device_put(jax.random.fold_in(jax.random.key(0), 1), jax.NamedSharding(run.mesh, jax.P()))
     with train.train_batches(run, 0) as batches:
@@ -161,7 +161,7 @@ def test_the_digest_is_of_values_and_not_of_how_they_lie(text):
 @pytest.mark.parametrize(
   "changes",
   [
-    dict(mesh=[("data", 2), ("tensor", 2), ("replica", 2)], sharding="fsdp+tensor"),
+    dict(mesh=[("replica", 2), ("data", 2), ("tensor", 2)], sharding="fsdp+tensor"),
     dict(mesh=[("data", 4), ("pipe", 2)], sharding="pipe"),
     dict(accumulate=2, mesh=[("data", 4), ("seq", 2)]),
   ],
@@ -171,7 +171,7 @@ def test_any_mesh_takes_the_same_step(text, changes):
   model = DECODER | dict(scan=True)
   first, second = (
     built(text, model=model, lora=dict(rules=[*RULES, (".*mlp/(up|down)/kernel", 4)]), **c)
-    for c in (dict(mesh=[("data", 1), ("replica", 8)], sharding="replicated"), changes)
+    for c in (dict(mesh=[("replica", 8), ("data", 1)], sharding="replicated"), changes)
   )
   found = []
   for run in (first, second):

@@ -66,7 +66,7 @@ def test_neighbours_that_are_not_there_are_not_mixed():
 
   source = synthetic.make(kind="images", num_examples=40, shape=(4, 4, 1), num_classes=3)
   with pytest.raises(UserError, match="config.batch_warmup: mixup mixes neighbours"):
-    pipeline.train_batches(source, batch_size=8, seed=0, growth=GROWTH, preprocess=ops.parse("onehot(3)|mixup(0.2)"))
+    pipeline.train_batches(source, batch_size=8, seed=0, growth=GROWTH, preprocess=ops.parse("one_hot(3)|mixup(0.2)"))
 
 
 def test_empty_parts_add_nothing_and_are_not_computed():
