@@ -205,6 +205,7 @@ def test_scanned_layers_compute_the_same(name):
   np.testing.assert_allclose(scanned, plain, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "remat"), [("gemma3", "full"), ("deepseek", "none"), ("every other", "save(qkv,hidden)")]
 )
