@@ -316,6 +316,9 @@ def _hugging_face(tokenizer, config: Mapping[str, str]) -> Tokenizer:
   tokenizer.no_truncation()  # Some files have a length of their own.
   tokenizer.no_padding()
   tokenizer.encode_special_tokens = True  # As text.
+  if hasattr(tokenizer.model, "_resize_cache"):
+    # Words whose tokens are remembered: the library's 10,000 are fewer than a book has, which costs a quarter.
+    tokenizer.model._resize_cache(2**18)
   special = {t.content: number for number, t in tokenizer.get_added_tokens_decoder().items() if t.special}
   roles = {}
   for role, names in _ROLES.items():

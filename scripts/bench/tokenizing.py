@@ -6,15 +6,17 @@ Hardware  any; both use all cores
 
 The library gets the documents in memory, all at once, and returns its own objects; what we do besides is to read the
 files, cut them, count, write the store and its checksums. The two take turns; the numbers are medians, and the ratio is
-that of neighbours in time. With as many shards as cores or more, ours works in processes, whose start counts.
+that of neighbours in time. On a machine that others use, look at the MB a core-second. With as many shards as cores or
+more, ours works in processes, whose start counts.
 """
 
 import argparse
+import contextlib
 import os
-import statistics
 import tempfile
 import time
 
+import numpy as np
 import tokenizers as library
 
 from bigjax.data import documents, tokenize, tokenizers
@@ -37,26 +39,30 @@ def main():
   size = sum(len(text.encode()) for text in texts) / 1e6
   theirs = library.Tokenizer.from_file(os.path.join(args.tokenizer, "tokenizer.json"))
   ours = tokenizers.load(args.tokenizer)
-  times = {"library": [], "bigjax": []}
+  taken = {"library": [], "bigjax": []}  # Seconds, and core-seconds.
+
+  @contextlib.contextmanager
+  def measured(name):
+    began = np.array([time.perf_counter(), time.process_time()])
+    yield
+    taken[name].append(np.array([time.perf_counter(), time.process_time()]) - began)
+
   for _ in range(args.rounds + 1):  # The first is to warm up.
-    began = time.perf_counter()
-    found = theirs.encode_batch(texts, add_special_tokens=False)
-    times["library"].append(time.perf_counter() - began)
+    with measured("library"):
+      found = theirs.encode_batch(texts, add_special_tokens=False)
     count = sum(len(one) for one in found)
     del found
-    with tempfile.TemporaryDirectory() as folder:
-      began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, measured("bigjax"):
       store = tokenize.tokenize(inputs, os.path.join(folder, "store"), ours, eos="none", shard_mb=args.shard_mb)
-      times["bigjax"].append(time.perf_counter() - began)
-      assert store.num_tokens == count, (store.num_tokens, count)
-  print(
-    f"{len(texts):,} texts, {size:.1f} MB, {count:,} tokens, "
-    f"{len(store.index['shards'])} shards, {os.cpu_count()} cores"
-  )
-  for name, taken in times.items():
-    print(f"  {name:<8} {size / statistics.median(taken[1:]):6.2f} MB/s")
-  ratios = [a / b for a, b in zip(times["library"][1:], times["bigjax"][1:])]
-  print(f"  ratio    {statistics.median(ratios):6.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
+    assert store.num_tokens == count, (store.num_tokens, count)
+  shards = len(store.index["shards"])
+  print(f"{len(texts):,} texts, {size:.1f} MB, {count:,} tokens, {shards} shards, {os.cpu_count()} cores")
+  for name, runs in taken.items():
+    speed = size / np.median(runs[1:], axis=0)
+    print(f"  {name:<8} {speed[0]:6.2f} MB/s" + (f" {speed[1]:6.2f} MB a core-second" if shards == 1 else ""))
+  ratios = np.array(taken["library"][1:]) / np.array(taken["bigjax"][1:])
+  for i, what in enumerate(("seconds", "core-seconds")[: 1 + (shards == 1)]):
+    print(f"  ratio in {what:<12} {np.median(ratios[:, i]):.2f} ({ratios[:, i].min():.2f} to {ratios[:, i].max():.2f})")
 
 
 if __name__ == "__main__":
