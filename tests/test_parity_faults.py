@@ -29,14 +29,14 @@ def reference():
 def test_a_mean_over_local_weights_is_noticed(monkeypatch):
   accumulate = train.accumulate
 
-  def mean_of_means(grad_fn, parts):
+  def mean_of_means(grad_fn, parts, skip=False):
     def local(params, extras, batch, key):
       grads, (sums, extras) = grad_fn(params, extras, batch, key)
       here = sums.weights["loss"]
       means = Sums({k: v / here for k, v in sums.sums.items()}, {k: v / here for k, v in sums.weights.items()})
       return jax.tree.map(lambda g: g / here, grads), (means, extras)
 
-    return accumulate(local, parts)
+    return accumulate(local, parts, skip)
 
   monkeypatch.setattr(train, "accumulate", mean_of_means)
   loss, gradient = parity.differences(parity.run_cell("gpt", "ACC2"), reference())
