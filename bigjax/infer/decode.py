@@ -117,7 +117,7 @@ class Generator:
     with sharding.use(self.layout):
       state = self._start(self.weights, tokens, padding, slots, cache, "repetition_penalty" in sampling.on)
       while made < most and not over.all():
-        end = min(made + flush, most)
+        end = min(int(made) + flush, most)
         if width + end > slots:
           slots = power_of_two(width + end)
           state = self._grow(state, slots, cache)

@@ -1,6 +1,7 @@
 """Log-likelihoods of continuations are those that the model's logits give."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -25,7 +26,7 @@ def test_continuations_are_as_likely_as_their_tokens(generator, monkeypatch):
   found = Scorer(generator, batch_size=2).score(PAIRS)
   module = generator.bind(*generator.weights)
   for (context, after), score in zip(PAIRS, found):
-    log_p = np.asarray(jax.nn.log_softmax(module(np.array([[*context, *after]], np.int32))))[0, len(context) - 1 : -1]
+    log_p = np.asarray(jax.nn.log_softmax(module(jnp.asarray([[*context, *after]]))))[0, len(context) - 1 : -1]
     each = log_p[np.arange(len(after)), after]
     np.testing.assert_allclose(score.tokens, each, atol=1e-5)
     assert score.log_likelihood == pytest.approx(each.sum(), abs=1e-4)
