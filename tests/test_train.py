@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bigjax import config as configs
-from bigjax import experiment, record, train
+from bigjax import experiment, initialise, record, train
 from bigjax.errors import UserError
 
 TINY = dict(
@@ -289,12 +289,12 @@ def test_init_from_takes_what_the_rules_name(tmp_path):
   source = final(str(tmp_path / "a"), tiny())[0].params
   init = dict(workdir=str(tmp_path / "a"))
   run = experiment.build(tiny(init_from=init, seed=7))
-  state = train.initialise.from_config(run, run.init(jax.random.key(7)))
+  state = initialise.from_config(run, run.init(jax.random.key(7)))
   assert_equal(jax.device_get(state.params), source)
   wider = experiment.build(tiny(init_from=init, model=TINY["model"] | {"widths": (16,)}))
   state = wider.init(jax.random.key(0))
   with pytest.raises(UserError, match="give it a rule with None"):
-    train.initialise.from_config(wider, state)
+    initialise.from_config(wider, state)
 
 
 def test_init_from_lays_the_state_out_as_the_step_wants_it_and_reports_each_leaf(tmp_path, capsys):
@@ -316,7 +316,7 @@ def test_init_from_takes_batch_statistics_with_the_parameters(tmp_path):
   train.train(tiny(model=model), str(tmp_path))
   source = final(str(tmp_path), tiny(model=model))[0].extras
   run = experiment.build(tiny(model=model, init_from=dict(workdir=str(tmp_path)), seed=7))
-  state = train.initialise.from_config(run, run.init(jax.random.key(7)))
+  state = initialise.from_config(run, run.init(jax.random.key(7)))
   assert jax.tree.leaves(source)
   assert_equal(jax.device_get(state.extras), source)
 
