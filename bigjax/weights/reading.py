@@ -14,7 +14,7 @@ from bigjax.errors import UserError
 from bigjax.weights.links import Link
 from bigjax.weights.tensors import Mapped, Tensor, whole
 
-AT_ONCE = 32 * 2**20  # Bytes of a file on the way to a device.
+AT_ONCE = 8 * 2**20  # Bytes of a file on the way to a device.
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 

@@ -107,7 +107,10 @@ def test_logits_are_those_of_transformers(case, root):
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+HALVES = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bfloat16", "float16")]
+
+
+@pytest.mark.parametrize("dtype", ["float32", *HALVES])
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_written_is_bit_for_bit_what_was_read_and_transformers_loads_it(case, dtype, root, tmp_path):
   path, expected = published(case, root, dtype)
