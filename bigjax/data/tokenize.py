@@ -25,7 +25,7 @@ import numpy as np
 from bigjax.data import documents, token_store, tokenizers
 from bigjax.errors import UserError
 
-_BATCH = 2**21  # Characters that are encoded at once; what the libraries return takes a hundred bytes a token.
+_BATCH = 2**22  # Characters that are encoded at once; what the libraries return takes a hundred bytes a token.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -318,7 +318,7 @@ def _hugging_face(tokenizer, config: Mapping[str, str]) -> Tokenizer:
   tokenizer.encode_special_tokens = True  # As text.
   if hasattr(tokenizer.model, "_resize_cache"):
     # Words whose tokens are remembered: the library's 10,000 are fewer than a book has, which costs a quarter.
-    tokenizer.model._resize_cache(2**18)
+    tokenizer.model._resize_cache(2**16)
   special = {t.content: number for number, t in tokenizer.get_added_tokens_decoder().items() if t.special}
   roles = {}
   for role, names in _ROLES.items():
