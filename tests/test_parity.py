@@ -14,7 +14,6 @@ COVERING = [
   ("mlp", "FSDP8", "scan"),
   ("resnet", "DP8", "scan+remat"),
   ("vit", "HSDP2x4", "scan+remat"),
-  ("vit", "FSDP2xTP4", ""),
   ("gpt", "ACC4xFSDP4", ""),
   ("gpt", "FSDP2xCP4", "scan"),
   ("gpt", "PP2xFSDP2xTP2", "scan+remat"),
