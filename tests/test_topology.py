@@ -137,7 +137,7 @@ def test_groups_are_added_as_numpy_adds_them_along_the_tree(devices):
     return params * batch["x"][0], (Sums({"loss": batch["x"][0, 0]}, {"loss": batch["x"].size * jnp.ones(())}), extras)
 
   division = topology.Alone(mesh, 16)
-  summed = division.summed(first_of_group, None)
+  summed = division.summed(first_of_group, lambda grad_fn: grad_fn)
   step = division.jit(lambda state, batch, key: summed(state, {}, batch, key))
   # A step returns what it got: here the parameters are as large as the sum.
   total, (sums, _) = step(np.ones(3, np.float32), {"x": values.reshape(32, 3)}, jax.random.key(0))
@@ -153,7 +153,7 @@ def test_every_group_draws_its_own_numbers_wherever_it_is():
       return batch["place"][0] * jax.random.uniform(key), (Sums({}, {}), extras)
 
     division = topology.Alone(mesh, 8)
-    summed = division.summed(draw, None)
+    summed = division.summed(draw, lambda grad_fn: grad_fn)
     step = division.jit(lambda state, batch, key: summed(state, {}, batch, key))
     return np.asarray(step(np.zeros(8, np.float32), {"place": np.eye(8, dtype=np.float32)}, jax.random.key(0))[0])
 
@@ -182,7 +182,7 @@ def test_the_first_parameters_are_the_same_however_they_lie():
 def test_at_rest_the_state_lies_as_the_config_says():
   run = build(MLP, 8, "fsdp")
   state, _ = go_on(run, run.init(jax.random.key(0)), 0, 1)
-  assert state.params["hidden"]["0"]["kernel"].sharding.spec == P("data", None)
+  assert state.params["first"]["dense"]["kernel"].sharding.spec == P("data", None)
 
 
 @pytest.mark.slow
@@ -198,7 +198,7 @@ def test_two_processes_of_four_devices_are_one_of_eight_are_one_of_one():
   [
     (dict(mesh=[("data", 4), ("tensor", 2)]), "data parallelism.*'tensor': 2"),
     (dict(model=MLP["model"] | dict(batch_norm=True)), "batch statistics"),
-    (dict(groups=12), "config.groups, 12, must be a power of two.*such as 8"),
+    (dict(groups=12), "config.groups, 12, must be a power of two.*such as 16"),
     (dict(groups=64), "divides config.batch_size=32.*such as 32"),
     (dict(groups=4), "4 groups of examples are too few for 8 devices; make it 8"),
     (dict(batch_size=24, groups=4), "too few for 8 devices"),

@@ -191,7 +191,7 @@ def test_accumulation_is_the_large_batch_with_padding_and_uneven_weights(parts):
 def test_the_step_compiles_once(tmp_path, monkeypatch):
   traces = []
   accumulate = train.accumulate
-  monkeypatch.setattr(train, "accumulate", lambda *args: traces.append(1) or accumulate(*args))
+  monkeypatch.setattr(train, "accumulate", lambda *args, **kwargs: traces.append(1) or accumulate(*args, **kwargs))
   train.train(tiny(), str(tmp_path))
   assert len(traces) == 1
 

@@ -146,7 +146,7 @@ def test_bfloat16_products_keep_float32_parameters_and_logits(name):
   @jax.jit
   def outputs(params, extras, inputs):
     module = nnx.merge(graphdef, params, extras)
-    return module(inputs), getattr(module, "hidden" if "gpt" in name else "features")(inputs)
+    return module(inputs), module.hidden(inputs)[0] if "gpt" in name else module.features(inputs)
 
   logits, features = outputs(params, extras, inputs)
   exact, _ = outputs_fn(name, False)(params, extras, inputs, None)
