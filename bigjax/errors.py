@@ -1,11 +1,19 @@
-"""Mistakes a person at the keyboard can mend, told in one message.
+"""Mistakes a person at the keyboard can mend, told in one message; and what exit codes say.
 
-`bigjax.main` prints a `UserError` without a traceback and leaves with exit code 2;
-everything else is a fault of the program or the machine and leaves with 1.
+  0        all went well
+  1        a fault of the program or the machine, with a message or a traceback
+  2        a mistake: a `UserError`, printed by `bigjax.main` without a traceback
+  75       asked to stop, and saved: the same command goes on
+  76       hung, or lost a peer, and left: the same command goes on from the last checkpoint
+  130, 143 left at once, at a second Ctrl-C or SIGTERM
 """
 
 import difflib
 from collections.abc import Iterable
+
+
+STOPPED = 75  # "Try again later", as sysexits.h has it.
+LOST = 76
 
 
 class UserError(ValueError):

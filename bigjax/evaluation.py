@@ -1,10 +1,10 @@
-"""A measurement as the loop makes it: an evaluator with its data and cadence, on every view of the parameters."""
+"""Measurements as the loop makes them: evaluators with data and cadence, on every view of the parameters."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,35 @@ from bigjax import state as states
 from bigjax.data import pipeline
 from bigjax.errors import UserError, suggest
 from bigjax.experiment import EvalConfig, Experiment, Stream
+from bigjax.schedules import is_due
+from bigjax.stops import Stopped, Stops
+
+
+class Evaluations:
+  """All evaluations of a run. One that a stop cuts short counts for nothing: the next start makes up for it."""
+
+  def __init__(self, run: Experiment, stop: Stops, owed: bool):
+    self._all = [Evaluation.of(run, name, e, stop.between) for name, e in run.config.evals.items()]
+    self._last = run.total_steps
+    self.cut = False  # Whether a stop came in between.
+    self.owed = tuple(run.config.evals) if owed else ()  # What is to be measured before the first step.
+
+  def at(self, step: int, state: states.TrainState, pause: Callable[[str], Any]) -> dict[str, Any]:
+    """Returns what is measured at a step: {} where nothing is due, or a stop came in between."""
+    found = {}
+    try:
+      for evaluation in self._all:
+        if is_due(step, evaluation.every, last=self._last):
+          with pause("eval"):
+            found |= evaluation.run(state)
+    except Stopped:
+      self.cut = True
+      return {}
+    return found
+
+  def to_json(self) -> dict[str, Any]:
+    """What is remembered beside a checkpoint."""
+    return {"unmeasured": True} if self.cut else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +55,10 @@ class Evaluation:
   views: Mapping[str, Any]
 
   @classmethod
-  def of(cls, run: Experiment, name: str, config: EvalConfig) -> Evaluation:
+  def of(
+    cls, run: Experiment, name: str, config: EvalConfig, between: Callable[[Iterable], Iterator] = iter
+  ) -> Evaluation:
+    """Builds what `config.evals` has by that name; all batches go through `between`."""
     size = config.batch_size or run.config.batch_size
 
     def batches(stream):
@@ -37,7 +69,7 @@ class Evaluation:
           stream.source, batch_size=size, preprocess=stream.preprocess, host=mine, hosts=parts
         )
         with pipeline.to_device(found, sharding.batch_sharding(run.mesh)) as on_device:
-          yield from on_device
+          yield from between(on_device)
 
       return finite
 

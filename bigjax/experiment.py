@@ -132,6 +132,21 @@ class BatchWarmupConfig:
   parts: int | None = None  # Of a batch; None: those of `accumulate`, 8 where that is 1.
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+  """What a step must fit on chips that need not be there; `bigjax plan --check` and `make plan` hold it to that."""
+
+  topology: str  # Such as "v5p:4x4x8".
+  num_slices: int = 1
+  hbm_gib: float | None = None  # Of a device, at most.
+  collective_gib: float | None = None  # Results of collectives on a device, at most.
+  mfu_bound: float | None = None  # What the roofline allows, at least.
+
+  def __post_init__(self):
+    if self.hbm_gib is None and self.collective_gib is None and self.mfu_bound is None:
+      raise UserError("config.plan bounds nothing: give hbm_gib, collective_gib or mfu_bound.")
+
+
 Schedule = Annotated[Component, "schedules"]
 
 
@@ -182,6 +197,7 @@ class TrainConfig:
   early_stop: StopConfig | None = None
   writers: tuple[Literal["jsonl", "csv", "tensorboard", "console"], ...] = ("jsonl", "csv", "tensorboard")
   claim: ClaimConfig | None = None
+  plan: BudgetConfig | None = None
 
   def __post_init__(self):
     # Here, and not where the model is made: what is recorded of a config says what was computed.
@@ -190,7 +206,7 @@ class TrainConfig:
 
 # A run may go on under a config that differs in these: they don't change what is computed, but for the order of sums
 # and, in a pipeline, what dropout draws.
-OBSERVING = ("evals", "log_every", "checkpoint_every", "keep", "early_stop", "writers", "claim")
+OBSERVING = ("evals", "log_every", "checkpoint_every", "keep", "early_stop", "writers", "claim", "plan")
 OBSERVING += ("mesh", "sharding", "activations", "sequence", "pipeline")
 OBSERVING += ("model.scan", "model.remat", "model.attention", "task.loss_chunks")
 

@@ -127,6 +127,41 @@ def agreed(value: Any) -> Any:
   return json.loads(store.blocking_key_value_get(name, 600_000))
 
 
+def gathered(value: Any) -> list[Any]:
+  """Returns what every process gives, in their order; anything JSON has. Not for the hot loop."""
+  if _store() is None:
+    return [value]
+  name = f"gathered/{next(_agreements)}"
+  tell_all(f"{name}/{distributed.global_state.process_id}", value)
+  return [told(f"{name}/{i}", 600) for i in range(distributed.global_state.num_processes)]
+
+
+def tell_all(name: str, value: Any) -> None:
+  """Puts a value where all processes find it by its name; also from a thread, which can't agree in any order."""
+  if _store() is not None:
+    _store().key_value_set(f"bigjax/told/{name}", json.dumps(value))
+
+
+def told(name: str, seconds: float) -> Any:
+  """Returns what a process put there by `tell_all`, waiting for it.
+
+  Raises:
+    TimeoutError: It did not come.
+  """
+  try:
+    return json.loads(_store().blocking_key_value_get(f"bigjax/told/{name}", int(1000 * seconds)))
+  except jax.errors.JaxRuntimeError as e:
+    if "DEADLINE" not in str(e):
+      raise
+    raise TimeoutError(f"nothing came within {seconds:.0f} s") from e
+
+
+def forget(name: str) -> None:
+  """Takes away what was told by a name, and by all names below it."""
+  if _store() is not None:
+    _store().key_value_delete(f"bigjax/told/{name}/")
+
+
 def _check_same(peers, same):
   """Refuses processes that would compute something else than process 0."""
   first = agreed(dict(same))

@@ -67,12 +67,11 @@ def plan(config: Any, topology: str, *, num_slices: int = 1, price: float | int 
     num_slices: how many of it, joined by the data center's network.
     price: of a chip for an hour.
   """
-  from bigjax.plan import report
+  from bigjax.plan import prepare, report
   from bigjax.plan import topology as slices
 
-  slices.environment()
-  devices = slices.devices(topology, num_slices)
-  return report.make(experiment.build(resolve(config), devices), topology, num_slices, price)
+  slices.environment(topology)
+  return report.make(prepare.prepare(resolve(config), topology, num_slices), price)
 
 
 def load(workdir: str, step: int | None = None) -> Loaded:

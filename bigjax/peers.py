@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -180,10 +181,30 @@ def _drawn(job):
   return 61440 + int(re.sub(r"\D", "", job.split(";")[0])[:18] or 0) % 4096
 
 
-def metadata(name: str) -> str | None:
+def on_tpu_vm() -> bool:
+  """Whether there is a server of metadata to ask: importing JAX sets the variable where the machine has no TPU."""
+  return "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu") is not None
+
+
+def notice() -> str | None:
+  """Returns why this VM is about to be taken away, as its server of metadata has it; None while it is not.
+
+  https://cloud.google.com/compute/docs/instances/create-use-preemptible,
+  https://cloud.google.com/tpu/docs/view-maintenance-notifications; what is only planned, days ahead, is no reason yet.
+  """
+  if metadata("preempted", under="") == "TRUE":
+    return "the VM is being preempted"
+  if metadata("maintenance-event", under="") == "TERMINATE_ON_HOST_MAINTENANCE":
+    return "the VM's host goes into maintenance"
+  if re.search(r"maintenanceStatus\W+ONGOING", metadata("upcoming-maintenance", under="") or "", re.I):
+    return "the VM's host is in maintenance"
+  return None
+
+
+def metadata(name: str, under: str = "attributes/") -> str | None:
   """Returns an attribute of this TPU VM (https://cloud.google.com/compute/docs/metadata/querying-metadata)."""
   host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
-  url = f"http://{host}/computeMetadata/v1/instance/attributes/{name}"
+  url = f"http://{host}/computeMetadata/v1/instance/{under}{name}"
   request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
   for _ in range(3):
     try:

@@ -137,14 +137,19 @@ def start(run: Experiment, checkpoints: Checkpoints) -> tuple[states.TrainState,
 
 def compile_step(run: Experiment):
   """Returns the step compiled for the run's shapes and layouts: one program, which takes no others."""
+  with jax.set_mesh(run.mesh):
+    return lower_step(run).compile(compiler_options=profiles.compiler_options(run.mesh.devices.flat[0]))
+
+
+def lower_step(run: Experiment):
+  """Returns what the compiler is given."""
   replicated = sharding.replicated(run.mesh)
   laid_out = lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
   state = jax.tree.map(laid_out, run.abstract, run.shardings)
   batch = {k: laid_out(v, sharding.batch_sharding(run.mesh)) for k, v in run.batch.items()}
   key = laid_out(jax.eval_shape(lambda: jax.random.key(0)), replicated)
   with jax.set_mesh(run.mesh):
-    lowered = make_step(run).lower(state, batch, key)
-    return lowered.compile(compiler_options=profiles.compiler_options(run.mesh.devices.flat[0]))
+    return make_step(run).lower(state, batch, key)
 
 
 def make_step(run: Experiment):

@@ -18,7 +18,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,8 @@ from bigjax.errors import UserError
 
 _ORDERED = 4096  # Examples whose order is worked out at once, so that NumPy's cost a call does not count.
 
+Skips = tuple[tuple[int, int], ...]  # Ranges of batches of the order that no step takes, in order, none within another.
+
 
 def train_batches(
   source: Any,
@@ -39,6 +41,8 @@ def train_batches(
   preprocess: tuple[Any, ...] = (),
   start_step: int = 0,
   growth: growing.Growth | None = None,
+  skips: Skips = (),
+  fetched: Callable[..., None] | None = None,
   host: int | Sequence[int] = 0,
   hosts: int = 1,
   prefetch: int = 2,
@@ -53,13 +57,15 @@ def train_batches(
     preprocess: Ops in order, see bigjax/data/ops.
     start_step: The step of the first batch.
     growth: Leaves rows of early batches empty, of `mask` 0.
+    skips: What of the order is left out.
+    fetched: Is told (epochs, ids, mask) of every batch, as they were asked of the source, before it is given.
     host: Which part of each batch: the `host`-th of `hosts` equal ones, in order, or several of them.
     hosts: Number of parts.
     prefetch: Batches made ahead, or as many as there are threads if these are more.
     threads: Workers for array ops; one a core, 4 at most, if None.
   """
-  plan = Plan(source, batch_size, host, hosts, seed=seed, growth=growth)
-  return _batches(plan, tuple(preprocess), start_step, prefetch, threads)
+  plan = Plan(source, batch_size, host, hosts, seed=seed, growth=growth, skips=skips)
+  return _batches(plan, tuple(preprocess), start_step, prefetch, threads, fetched)
 
 
 def eval_batches(
@@ -193,6 +199,13 @@ def _stop(thread, room, stopped):
     thread.join()
 
 
+def taken(steps: np.ndarray | int, skips: Skips) -> np.ndarray:
+  """Returns which batch of the order each step takes, counted from 0 as steps are here."""
+  for first, stop in skips:
+    steps = np.where(steps >= first, steps + (stop - first), steps)
+  return np.asarray(steps)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """Which examples make up a host's batches: in training order for a seed, or each once, by id, without one."""
@@ -203,6 +216,7 @@ class Plan:
   hosts: int
   seed: int | None = None
   growth: growing.Growth | None = None
+  skips: Skips = ()
 
   def __post_init__(self):
     if self.batch_size < 1 or self.batch_size % self.hosts:
@@ -229,6 +243,7 @@ class Plan:
     """Returns (epochs, ids, mask) of the examples at `places` in the stream of this host's examples."""
     size = self.batch_size // self.hosts
     step, place = np.divmod(places, self.local_size)
+    step = taken(step, self.skips)
     part, offset = np.divmod(place, size)
     row, mask = self.parts[part] * size + offset, np.ones(len(places), bool)
     positions = step * self.batch_size + row
@@ -247,7 +262,7 @@ class Plan:
     return order.example_keys(self.seed or 0, epochs, ids)
 
 
-def _batches(plan, ops, start_step, prefetch, threads):
+def _batches(plan, ops, start_step, prefetch, threads, fetched=None):
   pairing = [op.name for op in ops if op.name.rpartition(".")[2] in ("mixup", "cutmix")]
   if pairing and plan.growth is not None:
     raise UserError(
@@ -260,7 +275,15 @@ def _batches(plan, ops, start_step, prefetch, threads):
     )
   workers = threads or min(4, os.cpu_count() or 1)
   engine = _with_tensorflow if any(op.kind == "example" for op in ops) else _with_threads
-  return Batches(engine(plan, ops, start_step, max(1, prefetch), workers))
+  return Batches(_told(engine(plan, ops, start_step, max(1, prefetch), workers), fetched or (lambda *examples: None)))
+
+
+def _told(made, fetched):
+  """Passes batches on, what they are of told first."""
+  with contextlib.closing(made):
+    for examples, batch in made:
+      fetched(*examples)
+      yield batch
 
 
 def _with_threads(plan, ops, start_step, prefetch, workers):
@@ -268,7 +291,7 @@ def _with_threads(plan, ops, start_step, prefetch, workers):
 
   def make(examples):
     epochs, ids, mask = examples
-    return _apply(ops, 0, plan, epochs, ids, plan.source.fetch(ids)) | {"mask": mask}
+    return examples, _apply(ops, 0, plan, epochs, ids, plan.source.fetch(ids)) | {"mask": mask}
 
   return _in_order(make, _planned(plan, start_step), max(prefetch, workers), workers)
 
@@ -310,8 +333,8 @@ def _with_tensorflow(plan, ops, start_step, prefetch, workers):
   rest = 1 + max(i for i, op in enumerate(ops) if op.kind == "example")
 
   def finish(item):
-    (epochs, ids, mask), batch = item
-    return _apply(ops, rest, plan, epochs, ids, batch) | {"mask": mask}
+    (*_, mask), (epochs, ids, batch) = item
+    return (epochs, ids, mask), _apply(ops, rest, plan, epochs, ids, batch) | {"mask": mask}
 
   with contextlib.closing(tfdata.batches(plan, ops[:rest], start_step)) as made:
     yield from _in_order(finish, zip(_planned(plan, start_step), made), prefetch, workers)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from bigjax.data import splits
+from bigjax.data import absent, splits
 from bigjax.errors import UserError
 
 
@@ -76,6 +76,13 @@ def make(
     raise UserError(f"block={block}: split={split!r} has {len(tokens)} tokens, and a window takes {block + 1}.")
   vocab_size = 256 if vocabulary is None else len(vocabulary)
   return Text(tokens, block, stride, vocab_size, vocabulary, len(encoded) / len(tokens))
+
+
+def stand_in(path: str | tuple[str, ...], *, block: int, **_) -> absent.Absent | None:
+  """Returns windows of the same shapes where the files aren't here, for a plan; None where they are."""
+  patterns = (path,) if isinstance(path, str) else path
+  missing = absent.files(p for p in patterns if not glob.has_magic(p))
+  return absent.Absent({"tokens": ((block + 1,), "int32")}) if missing else None
 
 
 def _files(paths, hint):

@@ -31,8 +31,10 @@ def tensorflow() -> Any:
   return tf
 
 
-def batches(plan: Any, ops: tuple[Any, ...], start_step: int) -> Iterator[dict[str, np.ndarray]]:
-  """Yields the batches of `plan` (see pipeline.Plan) after `ops`, the last of which works on single examples."""
+def batches(
+  plan: Any, ops: tuple[Any, ...], start_step: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
+  """Yields (epochs, ids, batch) of `plan` (see pipeline.Plan) after `ops`, the last of which works on single examples."""
   tf = tensorflow()
   work = _Work(tf, plan, ops)
   size, stop = plan.local_size, 2**62 if plan.steps is None else plan.steps * plan.local_size
@@ -51,12 +53,12 @@ def batches(plan: Any, ops: tuple[Any, ...], start_step: int) -> Iterator[dict[s
   iterator = dataset.as_numpy_iterator()
   for step in range(start_step, stop):
     try:
-      batch = next(iterator)
+      which, batch = next(iterator)
     except StopIteration:
       return
     except tf.errors.OpError as e:
       raise work.explain(range(step * size, (step + 1) * size), e) from None
-    yield batch
+    yield which[:, 0], which[:, 1], batch
 
 
 class _Work:
@@ -71,26 +73,27 @@ class _Work:
     self.features, self.shapes = self.stages[0], {name: value.shape for name, value in self.stages[-1].items()}
 
   def fetch(self, place, stop):
-    """Returns (features, seeds) of the examples from `place` on."""
+    """Returns (features, seeds, epoch and id) of the examples from `place` on."""
 
     def load(place):
       with self._kept():
-        features, seeds = self._load(np.arange(place, min(place + _FETCHED, stop)))
-        return [seeds, *(features[name] for name in self.features)]
+        features, seeds, which = self._load(np.arange(place, min(place + _FETCHED, stop)))
+        return [seeds, which, *(features[name] for name in self.features)]
 
-    types = [self.tf.int32, *(value.dtype for value in self.features.values())]
-    seeds, *values = self.tf.numpy_function(load, [place], types)
+    types = [self.tf.int32, self.tf.int64, *(value.dtype for value in self.features.values())]
+    seeds, which, *values = self.tf.numpy_function(load, [place], types)
     seeds.set_shape([None, len(self.body), 2])
+    which.set_shape([None, 2])
     for value, known in zip(values, self.features.values()):
       value.set_shape([None, *known.shape])
-    return dict(zip(self.features, values)), seeds
+    return dict(zip(self.features, values)), seeds, which
 
-  def graph(self, features, seeds):
-    """Runs the ops from the first example op on, on one example."""
+  def graph(self, features, seeds, which):
+    """Runs the ops from the first example op on, on one example; which one that is goes along."""
     for i, op in enumerate(self.body):
       features = self._run(op, features, seeds[i], self.stages[i + 1])
     # tf.data's own check is of the number of elements: it would make one batch of 2 x 3 and 3 x 2 pixels.
-    return {name: self.tf.ensure_shape(value, self.shapes[name]) for name, value in features.items()}
+    return which, {name: self.tf.ensure_shape(value, self.shapes[name]) for name, value in features.items()}
 
   def explain(self, places, error):
     """Returns what stopped these examples: what was raised in Python, or which example an op can't take."""
@@ -108,7 +111,7 @@ class _Work:
     return error
 
   def _load(self, places):
-    """Returns the features of some examples after the array ops that come first, and seeds for the ops that follow."""
+    """Returns features after the array ops that come first, seeds for the ops that follow, and epochs and ids."""
     epochs, ids, _ = self.plan.examples(places)
     keys = self.plan.keys(epochs, ids)
     features = self.plan.source.fetch(ids)
@@ -120,7 +123,8 @@ class _Work:
           f"preprocess: {name!r} has another shape in every example: begin with drop({name!r}) or keep(...)."
         )
     seeds = np.stack([order.fold(keys, self.first + i) for i in range(len(self.body))], axis=1)
-    return {k: _plain(v) for k, v in features.items()}, seeds.view(np.int32).reshape(len(places), -1, 2)
+    seeds = seeds.view(np.int32).reshape(len(places), -1, 2)
+    return {k: _plain(v) for k, v in features.items()}, seeds, np.stack([epochs, ids], axis=1)
 
   def _run(self, op, features, seed, made):
     """Runs one op on one example; `made` is what it made of the first, for the types an array op's result has."""
@@ -141,7 +145,7 @@ class _Work:
 
   def _eagerly(self, place):
     """Returns the features of the example at `place` before and after each op, or raises which op can't take it."""
-    features, seeds = self._load(np.array([place]))
+    features, seeds, _ = self._load(np.array([place]))
     stages = [{name: self.tf.constant(value[0]) for name, value in features.items()}]
     for i, op in enumerate(self.body):
       try:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from bigjax.data import packing, splits, tfrecord, token_store
+from bigjax.data import absent, packing, splits, tfrecord, token_store
 from bigjax.errors import UserError
 
 _PLAN = 1  # Changes when other rows are made of the same documents.
@@ -126,6 +126,12 @@ def make(
   if stop - start < block + 1:
     raise UserError(f"block={block}: split={split!r} has {stop - start:,} tokens, and a window takes {block + 1:,}.")
   return Windows(store, block, block if stride is None else stride, start, stop, bytes_per_token)
+
+
+def stand_in(path: str, *, block: int, documents: str = "joined", **_) -> absent.Absent | None:
+  """Returns rows of the same shapes where there is no store at `path`, for a plan; None where there is one."""
+  names = ("tokens", "segments", "positions") if documents == "packed" else ("tokens",)
+  return absent.Absent(dict.fromkeys(names, ((block + 1,), "int32"))) if absent.files(path) else None
 
 
 def _packed(store, block, split, subset):

@@ -14,7 +14,7 @@ class _Callable(types.ModuleType):
     """Returns what `bigjax plan --json` prints: see `bigjax.notebook.plan`."""
     from bigjax.plan import topology as slices
 
-    slices.environment()  # Before JAX is imported, if it isn't yet.
+    slices.environment(topology)  # Before JAX is imported, if it isn't yet.
     from bigjax import notebook
 
     return notebook.plan(config, topology, **options)

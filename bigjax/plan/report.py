@@ -7,63 +7,48 @@ Predicted times are not calibrated on any machine.
 
 from __future__ import annotations
 
-import inspect
-import math
-import re
-import time
 from typing import Any
 
-import jax
-
-from bigjax import overview, paths, sharding, train
+from bigjax import sharding
 from bigjax.errors import UserError
-from bigjax.plan import collectives, hlo, network, profiles, program, work
+from bigjax.plan import analytic, changes, compiled, kept, prepare, topology, work
+from bigjax.plan.prepare import Prepared
 
 FORMULA = (
   "2 m k n for each product, and again for each operand that depends on parameters (6 for each parameter and token, "
   "https://arxiv.org/abs/2001.08361, https://arxiv.org/abs/2204.02311 appendix B); causal scores counted once"
 )
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def make(run: Any, topology: str, slices: int = 1, price: float | int | None = None) -> dict[str, Any]:
+def make(
+  prepared: Prepared, price: float | int | None = None, keep: kept.Kept = kept.Kept(), compile: bool = True
+) -> dict[str, Any]:
   """Returns the plan of an experiment that is laid out on the devices of a topology.
 
   Args:
-    run: from `bigjax.experiment.build(config, devices)`.
-    topology: its name, for the record.
-    slices: how many of it.
+    prepared: from `prepare.prepare`.
     price: of a chip for an hour, in any currency.
+    keep: where what compiled programs came to is kept.
+    compile: without it, or where there is no compiler for the chip, there are estimates alone.
   """
-  device = run.mesh.devices.flat[0]
-  profile = profiles.of(device)
-  if profile is None:
-    raise UserError(f"--topology={topology}: there is no profile of {device.device_kind!r}; {list(profiles.PROFILES)}.")
+  run, profile = prepared.run, prepared.profile
+  compile = compile and topology.compiles(prepared.topology)
   found = {
     "config": {
       "model": run.config.model.name,
       "data": run.config.data.source.name,
+      "stands_in": prepared.stands_in,
       "batch_size": run.config.batch_size,
     },
-    "topology": topology,
-    "slices": slices,
-    "chips": run.mesh.size // profile.devices,
+    "topology": prepared.topology,
+    "slices": prepared.num_slices,
+    "chips": prepared.chips,
     "devices": run.mesh.size,
     "mesh": dict(run.mesh.shape),
     "chip": _chip(profile),
-    "compiler_options": profiles.compiler_options(device) or {},
+    "compiled": compile,
+    "compiler_options": dict(profile.options) if compile else {},
   }
-  started = time.perf_counter()
-  compiled = failed = None
-  try:
-    compiled = train.compile_step(run)
-  except jax.errors.JaxRuntimeError as e:
-    failed = too_large(str(e))
-    if failed is None:
-      raise
-  found["compile_seconds"] = round(time.perf_counter() - started, 1)
-  found["memory"] = _memory(run, profile, compiled, failed)
-  found["fits"] = found["memory"]["missing"] == 0
   flops = work.of(run)
   found["work"] = {
     "model_flops": flops.total,
@@ -72,17 +57,26 @@ def make(run: Any, topology: str, slices: int = 1, price: float | int | None = N
     "formula": FORMULA,
     "loops_of_unknown_length": flops.endless,
   }
-  if compiled is not None:
-    module = hlo.parse(compiled.as_text())
-    found["memory"]["buffers"] = [vars(b) for b in program.buffers(module)]
-    found["work"] |= _work(module, flops, found["work"]["model_flops_a_device"], profile)
-    every = collectives.find(module, run.mesh)
-    rows = overview.collectives(run, compiled.as_text())
-    axes = network.total(every, run.mesh, profile, profile.rate)
-    found["communication"] = {"axes": axes, "bytes": sum(c.total for c in every), "collectives": rows}
+  found["estimate"] = analytic.estimate(prepared, flops)
+  step = compiled.step(prepared, flops.visible, keep) if compile else None
+  found["compile_seconds"] = round(step["seconds"], 1) if step else None
+  found["kept"] = bool(step and step.get("kept"))
+  found["memory"] = _memory(prepared, step, found["estimate"])
+  found["fits"] = found["memory"]["missing"] == 0
+  if step is None:
+    found["time"] = analytic.step_time(run.pace, prepared, found)
+  elif "refused" not in step:
+    found["work"] |= step["work"] | {"recompute_share": _recomputed(step["work"], found["work"])}
+    found["communication"] = step["communication"]
     found["time"] = step_time(run.pace, profile, found)
-    found["run"] = _whole(run, found, price)
+  if "time" in found:
+    found["run"] = _whole(prepared, found, price)
   return found
+
+
+def _recomputed(done, model):
+  hardware = done["hardware_flops_a_device"]
+  return max(0.0, 1 - model["model_flops_a_device"] / hardware) if hardware else 0.0
 
 
 def _chip(profile):
@@ -100,89 +94,66 @@ def _chip(profile):
 # Memory
 
 
-def _memory(run, profile, compiled, failed) -> dict[str, Any]:
+def _memory(prepared, step, estimate) -> dict[str, Any]:
   """Bytes on a device."""
+  run, profile = prepared.run, prepared.profile
   limit = profile.hbm // profile.devices
-  parts = dict.fromkeys(("params", "opt_state", "extras", "step"), 0)
-  layouts = jax.tree.leaves(run.shardings)
-  for name, leaf, layout in zip(paths.names(run.abstract), jax.tree.leaves(run.abstract), layouts, strict=True):
-    parts[name.split("/")[0]] += sharding.bytes_a_device(leaf, layout)
-  found = {"limit": limit, "params": parts["params"], "optimizer": parts["opt_state"], "extras": parts["extras"]}
-  ways = sharding.batch_ways(run.mesh)
-  found["batch"] = sum(math.prod(x.shape) * x.dtype.itemsize for x in run.batch.values()) // ways
-  if compiled is None:
-    found |= failed
-    found["missing"] = max(1, failed["needed"] - failed["available"])
-    found["remedies"] = remedies(run)
+  found = {"limit": limit} | {name: estimate["memory"][name] for name in ("params", "optimizer", "extras", "batch")}
+  if step is None:
+    found |= {"temporaries": estimate["memory"]["temporaries"], "total": estimate["memory"]["total"]}
+  elif "refused" in step:
+    refused = step["refused"]
+    found |= {"needed": refused["needed"], "available": refused["available"], "said": refused["said"]}
+    found["buffers"] = refused["buffers"]
+    found["missing"] = max(1, refused["needed"] - refused["available"])
+    found["remedies"] = remedies(prepared, refused["needed"], refused["available"])
     return found
-  m = compiled.memory_analysis()
-  found |= {
-    "arguments": m.argument_size_in_bytes,
-    "temporaries": m.temp_size_in_bytes,
-    "code": m.generated_code_size_in_bytes,
-    "outputs": m.output_size_in_bytes - m.alias_size_in_bytes,  # Beyond what is written over the old state.
-  }
-  found["total"] = sum(found[k] for k in ("arguments", "temporaries", "code", "outputs"))
+  else:
+    found |= step["memory"] | {"buffers": step["buffers"]}
+    found["total"] = sum(step["memory"].values())
   found["missing"] = max(0, found["total"] - limit)
-  found["remedies"] = remedies(run) if found["missing"] else []
+  found["remedies"] = remedies(prepared, found["total"], limit) if found["missing"] else []
   return found
 
 
-def too_large(message: str) -> dict[str, Any] | None:
-  """Returns what the compiler said was needed and there, in bytes, if it refused a program for its memory."""
-  if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
-    return None
-  sizes = [float(n) * _UNITS[u] for n, u in re.findall(r"(\d+(?:\.\d+)?)([KMGT])i?B?\b", message)]
-  if len(sizes) < 2:
-    return {"needed": 1, "available": 0, "said": message.splitlines()[0]}
-  return {"needed": int(sizes[0]), "available": int(sizes[1]), "said": message.splitlines()[0]}
+def remedies(prepared: Prepared, needed: int, limit: int) -> list[dict[str, Any]]:
+  """Returns changes that lower a step's memory, the cheapest in time first.
+
+  Whether one would fit is told by what it changes in the estimate, on top of what is needed now; none is compiled.
+  """
+  now, found = analytic.memory(prepared)["total"], []
+  for change, why in _changes(prepared.run):
+    try:
+      then = analytic.memory(prepare.prepare(changes.apply(prepared.config, change), *prepared.where))["total"]
+    except UserError:
+      continue
+    about = needed + then - now
+    found.append({"flags": changes.flags(change), "why": why, "about": about, "fits": about <= limit})
+  return found
 
 
-def remedies(run: Any) -> list[str]:
-  """Returns overrides that lower a step's memory, the cheapest in time first; none of them is tried."""
+def _changes(run) -> list[tuple[dict[str, Any], str]]:
   config, found = run.config, []
   ways = sharding.batch_ways(run.mesh)
-  if config.batch_size % (2 * ways * config.accumulate) == 0:
-    found.append(f"--config.accumulate={2 * config.accumulate}  (half of the batch at a time, the same update)")
-  if _option(config.task, "loss_chunks") == 1:
-    found.append("--config.task.loss_chunks=8  (an eighth of the logits at a time)")
-  if _option(config.model, "remat") == "none":
-    found.append("--config.model.remat=full  (activations computed again, a third more work)")
-  if isinstance(config.sharding, str) and config.sharding not in ("auto", "fsdp") and run.mesh.size > 1:
-    found.append("--config.sharding=fsdp  (a part of the state on each device)")
-  if config.batch_size % 2 == 0 and config.batch_size // 2 >= ways:
-    found.append(f"--config.batch_size={config.batch_size // 2}  (another run: it learns in other steps)")
-  return [*found, "a larger topology"]
-
-
-def _option(component, name):
-  """What a component is given, or its default; None if it has no such option."""
-  parameter = inspect.signature(component.factory).parameters.get(name)
-  return None if parameter is None else component.kwargs.get(name, parameter.default)
-
-
-# Work
-
-
-def _work(module, flops, model, profile) -> dict[str, Any]:
-  """Work of a device in the compiled program."""
-  products = program.products(module, flops.visible)
-  phases: dict[str, int] = {}
-  for p in products:
-    phases[p.phase] = phases.get(p.phase, 0) + p.total
-  hardware = sum(phases.values())
-  return {
-    "hardware_flops_a_device": hardware,
-    "by_phase": phases,
-    "recompute_share": max(0.0, 1 - model / hardware) if hardware else 0.0,
-    "kernel_flops": sum(p.total for p in products if p.kernel),
-    "kernels_of_unknown_work": program.silent(module, flops.visible),
-    "estimated_cycles": program.cycles(module),
-    "hbm_bytes": program.traffic(module),
-    "product_seconds": sum(p.total / profile.peak(p.dtype) for p in products) * profile.devices,
-    "kernel_seconds": sum(p.total / profile.peak(p.dtype) for p in products if p.kernel) * profile.devices,
-    "endless_loops": list(module.endless),
-  }
+  task, model = (lambda name: analytic.option(config.task, name)), (lambda name: analytic.option(config.model, name))
+  if task("loss_chunks") == 1:
+    found.append(({"task.loss_chunks": 8}, "an eighth of the logits at a time"))
+  for parts in (2, 4, 8):
+    if config.batch_size % (parts * ways * config.accumulate) == 0:
+      change = {"accumulate": parts * config.accumulate}
+      found.append((change, f"a part of the batch at a time, one of {change['accumulate']}; the same update"))
+  if model("remat") not in (None, "full"):
+    if model("remat") == "none":
+      found.append(({"model.remat": "dots"}, "what isn't a product is computed again"))
+    found.append(({"model.remat": "full"}, "activations are computed again, up to a third more work"))
+  if isinstance(config.sharding, str) and "fsdp" not in config.sharding and run.mesh.shape.get("data", 1) > 1:
+    sharded = "fsdp" if config.sharding in ("auto", "replicated") else f"{config.sharding}+fsdp"
+    found.append(({"sharding": sharded}, "a part of the state on each device"))
+  for parts in (2, 4, 8):
+    if config.batch_size % (parts * ways) == 0:
+      change = {"batch_size": config.batch_size // parts, "accumulate": 1}
+      found.append((change, "another run: it learns in other steps"))
+  return found
 
 
 # Time
@@ -233,10 +204,12 @@ def _left_out(profile, found):
   return missing
 
 
-def _whole(run, found, price) -> dict[str, Any]:
-  """The run from its first step to its last."""
+def _whole(prepared, found, price) -> dict[str, Any] | None:
+  """The run from its first step to its last; None where its length is not known."""
+  if prepared.steps is None:
+    return None
   step = found["time"]["expected_seconds"] or found["time"]["roofline_seconds"]
-  hours = step * run.total_steps / 3600
+  hours = step * prepared.steps / 3600
   chip_hours = hours * found["chips"]
   cost = None if price is None else chip_hours * price
-  return {"steps": run.total_steps, "hours": hours, "chip_hours": chip_hours, "price": price, "cost": cost}
+  return {"steps": prepared.steps, "hours": hours, "chip_hours": chip_hours, "price": price, "cost": cost}

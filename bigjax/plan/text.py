@@ -53,31 +53,51 @@ def sections(plan: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
       "what",
       f"{plan['config']['model']} on {plan['config']['data']}, {plan['config']['batch_size']:,} examples a step",
     ),
-    ("compiled", f"in {plan['compile_seconds']:.0f} s, options: {options}"),
+    ("compiled", f"{_compiled(plan)}, options: {options}" if plan["compiled"] else "no: estimates alone"),
   ]
+  if plan["config"]["stands_in"]:
+    head.append(("data", "not here: the shapes of a batch are taken from the config"))
   if plan["chip"]["unknown"]:
     head.append(("unknown", f"no published figure of this chip: {', '.join(plan['chip']['unknown'])}"))
   found = [("plan", head), ("memory a device", _memory(plan))]
   found.append(("work a step", _work(plan)))
+  if plan.get("communication"):
+    found.append(("communication a device a step", _communication(plan)))
   if plan.get("time"):
-    found += [("communication a device a step", _communication(plan)), ("time", _time(plan)), ("run", _run(plan))]
+    found += [("time", _time(plan)), ("run", _run(plan))]
   return found
+
+
+def _compiled(plan):
+  return "before, and kept" if plan["kept"] else f"in {plan['compile_seconds']:.0f} s"
 
 
 def _memory(plan):
   m = plan["memory"]
   rows = [(name, size(m[name])) for name in ("params", "optimizer", "extras", "batch") if m[name]]
   if "total" in m:
-    rows += [("activations, temporaries", size(m["temporaries"])), ("generated code", size(m["code"]))]
-    rows += [("beyond the old state", size(m["outputs"]))] if m["outputs"] else []
+    rows += [("activations, temporaries", size(m["temporaries"]))]
+    rows += [(name, size(m[key])) for name, key in (("generated code", "code"),) if m.get(key)]
+    rows += [("beyond the old state", size(m["outputs"]))] if m.get("outputs") else []
     rows += [("total", f"{size(m['total'])} of {size(m['limit'])}, {m['total'] / m['limit']:.1%}")]
   else:
     rows += [("the compiler says", m["said"])]
+  if plan["compiled"]:
+    rows += [("estimated without", f"{size(plan['estimate']['memory']['total'])}")]
   if not plan["fits"]:
-    rows += [("DOES NOT FIT", f"{size(m['missing'])} missing"), *(("could fit with", r) for r in m["remedies"])]
+    rows += [("DOES NOT FIT", f"{size(m['missing'])} missing"), *_remedies(m["remedies"])]
   for b in m.get("buffers", ()):
     rows.append((f"  {size(b['bytes'])}", f"{b['shape']} {b['what']} {b['line']}".rstrip()))
   return rows
+
+
+def _remedies(remedies):
+  """The cheapest change that fits, or all there are."""
+  fit = next((r for r in remedies if r["fits"]), None)
+  about = lambda r: f"{r['flags']}  ({r['why']}; about {size(r['about'])})"
+  if fit:
+    return [("fits with", about(fit))]
+  return [*(("not enough", about(r)) for r in remedies), ("fits with", "a larger topology, or several of these")]
 
 
 def _work(plan):
@@ -110,14 +130,21 @@ def _time(plan):
   rows = [(f"least: {name}", duration(s)) for name, s in sorted(t["bounds"].items(), key=lambda item: -item[1]) if s]
   rows += [("bound by", t["bound_by"])]
   if t["expected_seconds"]:
-    rows += [("expected step", f"{duration(t['expected_seconds'])}, not calibrated on any machine")]
+    rows += [("expected step", f"{duration(t['expected_seconds'])}{_calibrated(t)}")]
   rows += [("MFU", f"at most {t['mfu_bound']:.1%}, expected {t['mfu_expected']:.1%}")]
   rows += [("pace", f"{t['pace_a_chip']:,.0f} {t['pace_unit']} a second a chip")] if t["pace_a_chip"] else []
   return [*rows, ("not in it", "; ".join(t["not_in_it"]))]
 
 
+def _calibrated(t):
+  factor = t.get("calibration")
+  return f": {factor:g} times what the compiler estimates, see calibration.py" if factor else ", not calibrated"
+
+
 def _run(plan):
   r = plan["run"]
+  if r is None:
+    return [("steps", "not known without the data, in which epochs are counted")]
   rows = [("steps", f"{r['steps']:,}"), ("time", f"{r['hours']:,.2f} hours, {r['chip_hours']:,.1f} chip-hours")]
   return rows + ([] if r["cost"] is None else [("cost", f"{r['cost']:,.2f} at {r['price']:g} a chip an hour")])
 

@@ -1,7 +1,8 @@
-"""TPUs that are not here: devices of any slice, for the compiler, which needs none of them.
+"""Chips that are not here: devices of any slice of TPUs, for the compiler, which needs none of them; and GPUs.
 
 The compiler is in the `libtpu` wheel, https://docs.jax.dev/en/latest/aot.html. What it knows is told before JAX is
-imported, by `environment`; `devices` are then devices like others, on which nothing can run.
+imported, by `environment`; `devices` are then devices like others, on which nothing can run. Of GPUs there is no
+compiler here: as many devices of the CPU stand for them, which a step is laid out on but not compiled for.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from typing import Any
 
 from bigjax.errors import UserError, suggest
+from bigjax.plan import profiles
 
 # The slices that are rented out, chips along each dimension of the torus. https://cloud.google.com/tpu/docs/system-architecture-tpu-vm
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -25,14 +27,18 @@ SLICES = {
   "v6e": FLAT,
   "tpu7x": (*CUBES, "16x16x16"),
 }
+GPUS = {name: ("8", "2x8", "4x8", "8x8", "16x8") for name in ("a100", "h100", "h200")}  # Hosts x GPUs of one.
 
 
-def environment() -> None:
+def environment(topology: str = "") -> None:
   """Sets what the compiler has to be told where there is no TPU; call it before JAX is imported.
 
   Raises:
     UserError: The compiler is not installed.
   """
+  if topology.partition(":")[0] in GPUS:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    return
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(
       "--topology needs the TPU's compiler, which is not installed: uv pip install 'bigjax[plan]', or libtpu alone."
@@ -45,8 +51,18 @@ def environment() -> None:
     os.environ.setdefault(name, value)
 
 
+def profile(topology: str) -> profiles.Profile:
+  """Returns the profile of a topology's chip."""
+  return profiles.named(topology.partition(":")[0])
+
+
+def compiles(topology: str) -> bool:
+  """Whether there is a compiler for it that needs no device."""
+  return topology.partition(":")[0] in SLICES
+
+
 def devices(topology: str, slices: int = 1) -> list[Any]:
-  """Returns the devices of `slices` slices of a topology such as `v5e:4x8`, `v5p:4x4x8` or `v6e:16x16`.
+  """Returns the devices of `slices` slices of a topology such as `v5e:4x8`, `v5p:4x4x8`, `v6e:16x16` or `h100:4x8`.
 
   A chip is one device, of tpu7x and v3 two.
 
@@ -54,11 +70,13 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
     UserError: There is no such topology.
   """
   chip, _, shape = topology.partition(":")
-  if chip not in SLICES:
-    known = "\n".join(f"  {name}: {_listed(name)}" for name in SLICES)
+  if chip not in SLICES | GPUS:
+    known = "\n".join(f"  {name}: {_listed(name)}" for name in SLICES | GPUS)
     raise UserError(
-      f"--topology={topology}: there is no chip {chip!r}.{suggest(chip, SLICES)} Chips along each side:\n{known}"
+      f"--topology={topology}: there is no chip {chip!r}.{suggest(chip, SLICES | GPUS)} Chips along each side:\n{known}"
     )
+  if chip in GPUS:
+    return _standing_in(topology, chip, shape, slices)
   sides = len(SLICES[chip][0].split("x"))
   if not re.fullmatch(r"\d+" + r"x\d+" * (sides - 1), shape):
     raise UserError(f"--topology={topology}: a {chip} has {sides} dimensions, write it as one of {_listed(chip)}.")
@@ -77,5 +95,22 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
   return list(found.devices)
 
 
+def _standing_in(topology, chip, shape, slices):
+  """As many devices of the CPU as there are GPUs."""
+  if not re.fullmatch(r"\d+(x\d+)?", shape):
+    raise UserError(f"--topology={topology}: write GPUs, or hosts x GPUs of one, such as {_listed(chip)}.")
+  if slices != 1:
+    raise UserError(f"--num_slices={slices}: GPUs have no slices; name all hosts in --topology.")
+  import jax
+
+  count = math.prod(map(int, shape.split("x")))
+  try:
+    jax.config.update("jax_num_cpu_devices", count)
+  except RuntimeError as e:
+    if len(jax.devices("cpu")) < count:
+      raise UserError(f"--topology={topology}: JAX has started with fewer devices; plan that first.") from e
+  return jax.devices("cpu")[:count]
+
+
 def _listed(chip):
-  return ", ".join(f"{s} ({math.prod(map(int, s.split('x')))} chips)" for s in SLICES[chip])
+  return ", ".join(f"{s} ({math.prod(map(int, s.split('x')))} chips)" for s in (SLICES | GPUS)[chip])

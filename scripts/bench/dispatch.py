@@ -1,12 +1,13 @@
-"""What a call of the compiled step costs the host, against a bare `jax.jit` of the same program on plain lists.
+"""What a call of the compiled step costs the host, against a bare `jax.jit` of the same program.
 
 Command   python scripts/bench/dispatch.py [--layers=2,12,48] [--devices=1,2,8] [--calls=100]
 Hardware  fake devices on CPU
 
-An MLP with Adam. Both run the same computation on the same arrays; the bare function takes and gives lists of them.
-Timed is what the calling thread computes until the call returns, not the work: the batch that it is given is still
-being made, so no device can start, where XLA would otherwise run a program as small as these within the call. Calls
-alternate, in one run.
+An MLP with Adam. All run the same computation on the same arrays. "jit" is `jax.jit` on the same tree of dicts, as any
+loop by hand would have it; "lists" is `jax.jit` on plain lists of the leaves, the least that JAX can cost. Timed is
+what the calling thread computes until the call returns, not the work: the batch that it is given is still being made,
+so no device can start, where XLA would otherwise run a program as small as these within the call. Calls alternate, in
+one run.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def built(layers, devices, scan):
 
 
 def calls(run):
-  """Returns the number of leaves, and timed calls of the step and of the bare function, each on what it gave last."""
+  """Returns the number of leaves, and timed calls of the step, `jit` on the tree and on lists, each on what it gave."""
   replicated = sharding.replicated(run.mesh)
   with jax.set_mesh(run.mesh):
     key = jax.device_put(jax.random.key(1), replicated)
@@ -47,7 +48,7 @@ def calls(run):
     batch = jax.device_put(batch, sharding.batch_sharding(run.mesh))
     state, step = run.init(jax.random.key(0)), train.compile_step(run)
     leaves, tree = jax.tree.flatten(state)
-    leaves = [jax.device_put(np.asarray(x), x.sharding) for x in leaves]  # The state's own are given away.
+    own = lambda: [jax.device_put(np.asarray(x), x.sharding) for x in leaves]  # What a step is given is gone.
     whole = train.make_step(run)
 
     def flat(leaves, batch, key):
@@ -74,7 +75,8 @@ def calls(run):
 
       return call
 
-    return len(leaves), repeated(step, state), repeated(bare, leaves)
+    copies = own(), own()
+    return len(leaves), (repeated(step, state), repeated(whole, tree.unflatten(copies[0])), repeated(bare, copies[1]))
 
 
 def main() -> int:
@@ -87,19 +89,20 @@ def main() -> int:
   entrypoint.quiet()
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", max(args.devices))
-  print("| layers | devices | leaves | step, us | bare, us | ratio (quarters) |\n| --- | --- | --- | --- | --- | --- |")
+  print("| layers | devices | leaves | step, us | jit, us | lists, us | step / jit (quarters) | step / lists |")
+  print("| --- | --- | --- | --- | --- | --- | --- | --- |")
   for layers in args.layers:
     for scan in (True, False):
       for devices in args.devices:
-        leaves, step, bare = calls(built(layers, devices, scan))
+        leaves, timed = calls(built(layers, devices, scan))
         gc.disable()
-        pairs = [(step(), bare()) for _ in range(args.calls + 20)][20:]
+        rounds = [[call() for call in timed] for _ in range(args.calls + 20)][20:]
         gc.enable()
-        ratios = statistics.quantiles([a / b for a, b in pairs], n=4)
-        medians = [statistics.median(times) * 1e6 for times in zip(*pairs, strict=True)]
+        ratios = statistics.quantiles([step / jit for step, jit, _ in rounds], n=4)
+        step, jit, lists = (statistics.median(times) * 1e6 for times in zip(*rounds, strict=True))
         print(
-          f"| {layers}{', scanned' if scan else ''} | {devices} | {leaves} | {medians[0]:.0f} | {medians[1]:.0f} "
-          f"| {ratios[1]:.2f} ({ratios[0]:.2f} to {ratios[2]:.2f}) |",
+          f"| {layers}{', scanned' if scan else ''} | {devices} | {leaves} | {step:.0f} | {jit:.0f} | {lists:.0f} "
+          f"| {ratios[1]:.2f} ({ratios[0]:.2f} to {ratios[2]:.2f}) | {step / lists:.2f} |",
           flush=True,
         )
   return 0
