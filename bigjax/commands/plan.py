@@ -26,9 +26,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--estimate", action="store_true", help="don't compile")
   parser.add_argument("--keep", metavar="DIR", default=KEPT, help=f"where compiled results are kept [{KEPT}]")
   parser.add_argument("--check", nargs="+", metavar="FILE[:arg]", help="hold configs to the budgets that they state")
-  parser.add_argument(
-    "--search", action="store_true", help="find the mesh, remat and batch with the least time a token"
-  )
+  parser.add_argument("--search", action="store_true", help="find the mesh, remat and batch of the least time a token")
   parser.add_argument("--budget", type=float, default=30.0, metavar="MINUTES", help="for the search [30]")
   parser.add_argument("--jobs", type=int, help="compiles at a time, in the search; as memory allows by default")
   args, overrides = parser.parse_known_args(argv)
@@ -41,7 +39,7 @@ def main(argv: list[str]) -> int:
 
   topology.environment(_given(args, "topology"))
   from bigjax import notebook
-  from bigjax.plan import kept, prepare, report, text
+  from bigjax.plan import kept, page, prepare, report, text
 
   resolved = notebook.resolve(config)
   if args.search:
@@ -57,7 +55,7 @@ def main(argv: list[str]) -> int:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "plan.json").write_text(json.dumps(found, indent=1))
-    (out / "plan.html").write_text(text.page(found, change), encoding="utf-8")
+    (out / "plan.html").write_text(page.html(found, change), encoding="utf-8")
   return 0
 
 

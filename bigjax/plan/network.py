@@ -32,9 +32,11 @@ def link(mesh: Any, axes: tuple[str, ...], profile: Profile, across_slices: bool
   """Returns what the devices that differ along `axes` are joined by."""
   if across_slices:
     return Link("DCN", _share(profile.dcn, profile), _share(profile.dcn, profile))
-  if not profile.dimensions:
-    return Link("switch", profile.links * profile.link_bandwidth, profile.links * profile.link_bandwidth)
   group = _group(mesh, axes)
+  if not profile.dimensions:
+    hosts = {d.id // profile.chips_a_host for d in group}
+    fast = profile.links * profile.link_bandwidth
+    return Link("switch", fast, fast) if len(hosts) == 1 else Link("DCN", profile.dcn, profile.dcn)
   slices = {getattr(d, "slice_index", 0) for d in group}
   if len(slices) > 1:
     group = [d for d in group if getattr(d, "slice_index", 0) == min(slices)]

@@ -18,10 +18,11 @@ FORMULA = (
   "2 m k n for each product, and again for each operand that depends on parameters (6 for each parameter and token, "
   "https://arxiv.org/abs/2001.08361, https://arxiv.org/abs/2204.02311 appendix B); causal scores counted once"
 )
+NOTHING_KEPT = kept.Kept()
 
 
 def make(
-  prepared: Prepared, price: float | int | None = None, keep: kept.Kept = kept.Kept(), compile: bool = True
+  prepared: Prepared, price: float | int | None = None, keep: kept.Kept = NOTHING_KEPT, compile: bool = True
 ) -> dict[str, Any]:
   """Returns the plan of an experiment that is laid out on the devices of a topology.
 
@@ -96,7 +97,7 @@ def _chip(profile):
 
 def _memory(prepared, step, estimate) -> dict[str, Any]:
   """Bytes on a device."""
-  run, profile = prepared.run, prepared.profile
+  profile = prepared.profile
   limit = profile.hbm // profile.devices
   found = {"limit": limit} | {name: estimate["memory"][name] for name in ("params", "optimizer", "extras", "batch")}
   if step is None:

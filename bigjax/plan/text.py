@@ -1,13 +1,11 @@
-"""A plan for a person: as text, as a page, and beside another plan."""
+"""A plan for a person: as text, and beside another plan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from bigjax import overview
-from bigjax.report.markup import Markup, element
 
 # What `compare` shows, where plans have it.
 _COMPARED = {
@@ -85,13 +83,13 @@ def _memory(plan):
   if plan["compiled"]:
     rows += [("estimated without", f"{size(plan['estimate']['memory']['total'])}")]
   if not plan["fits"]:
-    rows += [("DOES NOT FIT", f"{size(m['missing'])} missing"), *_remedies(m["remedies"])]
+    rows += [("DOES NOT FIT", f"{size(m['missing'])} missing"), *remedies(m["remedies"])]
   for b in m.get("buffers", ()):
     rows.append((f"  {size(b['bytes'])}", f"{b['shape']} {b['what']} {b['line']}".rstrip()))
   return rows
 
 
-def _remedies(remedies):
+def remedies(remedies):
   """The cheapest change that fits, or all there are."""
   fit = next((r for r in remedies if r["fits"]), None)
   about = lambda r: f"{r['flags']}  ({r['why']}; about {size(r['about'])})"
@@ -178,24 +176,6 @@ def _shown(value, kind):
     "share": lambda v: f"{v:.1%}",
     "count": lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}",
   }[kind](value)
-
-
-def page(plan: Mapping[str, Any], beside: str = "") -> str:
-  """Returns the plan as an HTML page that needs no other file."""
-  style = (Path(__file__).parents[1] / "report" / "style.css").read_text(encoding="utf-8")
-  rows = lambda pairs: [element("tr", element("td", name), element("td", value)) for name, value in pairs]
-  parts = [element("section", element("h2", title), element("table", rows(pairs))) for title, pairs in sections(plan)]
-  if plan.get("communication"):
-    sent = overview.collectives_table(plan["communication"]["collectives"])
-    parts.append(element("section", element("h2", "collectives"), element("pre", sent), cls="long"))
-  if beside:
-    parts.append(element("section", element("h2", "change"), element("pre", beside)))
-  figures = [(name, where) for name, where in plan["chip"]["sources"].items()]
-  parts.append(element("section", element("h2", "sources of the chip's figures"), element("table", rows(figures))))
-  title = f"plan: {plan['config']['model']} on {plan['topology']}"
-  head = [element("meta", charset="utf-8"), element("title", title), element("style", Markup(style))]
-  body = element("main", element("header", element("h1", title)), parts)
-  return f"<!doctype html>\n{element('html', element('head', head), element('body', body), lang='en')}\n"
 
 
 def size(n: float | int) -> str:

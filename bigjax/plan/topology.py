@@ -27,7 +27,7 @@ SLICES = {
   "v6e": FLAT,
   "tpu7x": (*CUBES, "16x16x16"),
 }
-GPUS = {name: ("8", "2x8", "4x8", "8x8", "16x8") for name in ("a100", "h100", "h200")}  # Hosts x GPUs of one.
+GPUS = dict.fromkeys(("a100", "h100", "h200"), ("8", "2x8", "4x8", "8x8", "16x8"))  # Hosts x GPUs of one.
 
 
 def environment(topology: str = "") -> None:

@@ -1,0 +1,65 @@
+"""The experiment that a plan is of: on devices that are not here, of data that need not be.
+
+A step's shapes are all that is compiled. So where the files of a source are missing, what stands in for it has their
+shapes, if the source can tell them without looking (`stand_in` beside its `make`); how many examples there are is then
+not known, and neither is the length of a run that is given in epochs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+from bigjax import experiment
+from bigjax.plan import profiles
+from bigjax.plan import topology as slices
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """An experiment, and what it is on."""
+
+  run: experiment.Experiment
+  config: experiment.TrainConfig  # As it was given, whatever stands in for its data.
+  topology: str
+  num_slices: int
+  profile: profiles.Profile
+  stands_in: bool  # For data that isn't here.
+
+  @property
+  def steps(self) -> int | None:
+    """The length of the run, if it is known."""
+    unknown = self.stands_in and "epoch" in str(self.run.config.total_steps)
+    return None if unknown else self.run.total_steps
+
+  @property
+  def where(self) -> tuple[str, int]:
+    return self.topology, self.num_slices
+
+  @property
+  def chips(self) -> int:
+    return self.run.mesh.size // self.profile.devices
+
+
+def prepare(config: experiment.TrainConfig, topology: str, num_slices: int = 1) -> Prepared:
+  """Returns the experiment of `config` on so many slices of a topology.
+
+  Raises:
+    UserError: There is no such topology, the mesh doesn't fit it, or data are missing that nothing can stand in for.
+  """
+  devices = slices.devices(topology, num_slices)
+  stand_in = absent(config)
+  source = config.data.source if stand_in is None else stand_in
+  shaped = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
+  run = experiment.build(shaped, devices)
+  return Prepared(run, config, topology, num_slices, slices.profile(topology), stand_in is not None)
+
+
+def absent(config: experiment.TrainConfig) -> Any:
+  """Returns the component that stands in for a source whose files are missing, if there is one."""
+  source = config.data.source
+  factory = getattr(sys.modules[source.factory.__module__], "stand_in", None)
+  if factory is None or factory(**source.kwargs) is None:
+    return None
+  return dataclasses.replace(source, factory=factory)
