@@ -131,6 +131,7 @@ def make(
   bias: bool = True,
   tied: bool = True,
   dropout: float = 0.0,
+  attention: str = "auto",
   scan: bool = False,
   remat: str = "none",
   dtype: str = "float32",
@@ -147,6 +148,7 @@ def make(
     bias: of dense layers and norms.
     tied: the head uses the embedding of the tokens.
     dropout: rate on embeddings, attention weights and what enters the residual stream; the paper has 0.1.
+    attention: the backend, see attention.py.
     scan: compile one block and scan over layers; parameters get a leading layer axis. For depth and for TPUs.
     remat: what the backward pass computes again: "none", "full", "dots", "save(qkv)"; see `layers.remat_policy`.
     dtype: of the computation; parameters and logits are float32.
@@ -172,6 +174,7 @@ def make(
       epsilon=1e-5,
       dropout=dropout,
       attention_dropout=dropout,
+      attention=attention,
       dtype=compute,
       init=layers.BlockInit(qkv=normal, out=residual, up=normal, down=residual),
       rngs=rngs,

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from bigjax import sharding
 from bigjax.errors import UserError, suggest
 from bigjax.models import pipeline
-from bigjax.models.attention import attend
+from bigjax.models.attention import BACKENDS, attend
 from bigjax.models.cache import Layer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -226,9 +226,12 @@ class SelfAttention(nnx.Module):
   devices gives each of them whole heads.
   """
 
-  def __init__(self, width: int, heads: int, *, causal, bias, dropout, dtype, init: BlockInit, rngs: nnx.Rngs):
+  def __init__(
+    self, width: int, heads: int, *, causal, bias, dropout, backend, dtype, init: BlockInit, rngs: nnx.Rngs
+  ):
     check_heads(width, heads)
     self.heads, self.causal, self.dropout = heads, causal, dropout
+    self.backend = choose(dict(zip(BACKENDS, BACKENDS)), "attention", backend)
     self.qkv = Dense(width, 3 * width, use_bias=bias, kernel_init=init.qkv, dtype=dtype, rngs=rngs)
     self.out = Dense(width, width, use_bias=bias, kernel_init=init.out, dtype=dtype, rngs=rngs)
 
@@ -247,7 +250,8 @@ class SelfAttention(nnx.Module):
     if cache is not None and x.shape[1] == 1:
       out = cache.recall(query)
     else:
-      how = dict(causal=self.causal, balanced=self.causal, segments=segments)
+      backend = self.backend if cache is None else "auto"  # Prompts have any length.
+      how = dict(causal=self.causal, balanced=self.causal, segments=segments, backend=backend)
       out = attend(query, key_, value, dropout_rate=self.dropout, dropout_key=key, **how)
     return self.out(out.reshape(x.shape)), cache
 
@@ -283,6 +287,7 @@ class Block(nnx.Module):
     dropout: float = 0.0,
     attention_dropout: float = 0.0,
     mlp_dropout: float = 0.0,
+    attention: str = "auto",
     dtype: Any = None,
     init: BlockInit,
     rngs: nnx.Rngs,
@@ -291,7 +296,7 @@ class Block(nnx.Module):
     dense = dict(bias=bias, dtype=dtype, init=init, rngs=rngs)
     self.dropout = dropout
     self.norm1 = nnx.LayerNorm(width, **norm)
-    self.attn = SelfAttention(width, heads, causal=causal, dropout=attention_dropout, **dense)
+    self.attn = SelfAttention(width, heads, causal=causal, dropout=attention_dropout, backend=attention, **dense)
     self.norm2 = nnx.LayerNorm(width, **norm)
     self.mlp = Mlp(width, mlp_dim, activation=activation, dropout=mlp_dropout, **dense)
 

@@ -151,6 +151,7 @@ def make(
   dropout: float = 0.0,
   drop_path: float = 0.0,
   activation: str = "gelu_tanh",
+  attention: str = "auto",
   scan: bool = False,
   remat: str = "none",
   dtype: str = "float32",
@@ -170,6 +171,7 @@ def make(
     dropout: rate on embeddings, inside the MLP and on what enters the residual stream.
     drop_path: stochastic depth's rate at the last block; it grows linearly from 0 at the first.
     activation: of the MLP.
+    attention: the backend, see attention.py.
     scan: compile one block and scan over layers; parameters get a leading layer axis. For depth and for TPUs.
     remat: what the backward pass computes again: "none", "full", "dots", "save(qkv)"; see `layers.remat_policy`.
     dtype: of the computation; parameters and logits are float32.
@@ -198,6 +200,7 @@ def make(
       activation=activation,
       dropout=dropout,
       mlp_dropout=dropout,
+      attention=attention,
       dtype=compute,
       init=INIT,
       rngs=rngs,

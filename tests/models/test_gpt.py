@@ -127,3 +127,19 @@ def test_biases_can_go_and_the_head_can_be_its_own():
   }
   assert not any("bias" in name for name in names(bias=False))
   assert names(tied=False) - names() == {"head/embedding"}
+
+
+@pytest.mark.parametrize("backend", ["chunked", "jax"])
+def test_backends_of_attention_agree(backend):
+  tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 11)
+
+  def logits(attention):
+    sizes = dict(vocab_size=11, context=8, width=16, depth=2, heads=2)
+    return gpt.make(**sizes, attention=attention, rngs=nnx.Rngs(0))(tokens)
+
+  np.testing.assert_allclose(logits(backend), logits("reference"), rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_backend_is_refused():
+  with pytest.raises(UserError, match="model.attention: 'chunkd' is not known. Did you mean 'chunked'"):
+    gpt.make(vocab_size=11, context=8, width=16, depth=2, heads=2, attention="chunkd", rngs=nnx.Rngs(0))
