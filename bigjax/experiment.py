@@ -117,6 +117,7 @@ class PipelineConfig:
 
   microbatches: int | None = None  # Parts of a batch under way at once; None: as many as stages.
   repeats: int = 1  # Rounds each of them makes: layers are dealt out to the stages in so many turns.
+  remat_stages: bool = False  # The backward pass computes stages again from their input, on top of model.remat.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -373,6 +374,7 @@ def _layout(config, devices):
     sequence=config.sequence,
     microbatches=config.pipeline.microbatches or stages,
     repeats=config.pipeline.repeats,
+    remat_stages=config.pipeline.remat_stages,
   )
 
 

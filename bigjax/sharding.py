@@ -364,6 +364,7 @@ class Layout:
   sequence: str = "ring"  # How attention sees a sequence that is split: "ring" or "ulysses".
   microbatches: int = 1  # That a pipeline works on.
   repeats: int = 1  # Rounds of a circular pipeline.
+  remat_stages: bool = False  # A pipeline keeps the input of a stage alone.
 
   def axes(self, word: str | None) -> tuple[str, ...]:
     """The axes of the mesh that a word stands for; those of one device are left out."""

@@ -68,7 +68,6 @@ def run(
   rates: Float[Array, " layers"] | None = None,
   arrays: Mapping[str, Array] | None = None,
   policy: Callable[..., Any] | None = None,
-  checkpoint_stages: bool = False,
 ) -> tuple[Shaped[Array, "batch seq width"], dict[str, Array]]:
   """Applies all layers to `x`, stage by stage; returns (x, aux), as a scan over the layers would.
 
@@ -77,7 +76,8 @@ def run(
 
   Memory: for the backward pass a device keeps what its layers keep of one microbatch, M * R + P - 1 times. With
   `policy` that is the input of each layer and what the policy saves: in all that of a whole batch in 1 / P of the
-  layers, and the bubble's share on top. `checkpoint_stages` keeps only the input of a stage, for one more forward pass.
+  layers, and the bubble's share on top. With the layout's `remat_stages` it is only the input of a stage, for one more
+  forward pass.
   Weights split by FSDP are gathered once an iteration, not once a step.
 
   Args:
@@ -90,7 +90,6 @@ def run(
     rates: One a layer, of stochastic depth, or None.
     arrays: By name, what all layers see of each example: [batch, ...].
     policy: What the backward pass of a layer need not compute again, one of `jax.checkpoint_policies`; None: all of it.
-    checkpoint_stages: See above.
 
   Raises:
     UserError: The layers or the batch can't be split as the current layout says.
@@ -136,7 +135,7 @@ def run(
 
     return jax.lax.scan(one, x, layers)
 
-  if checkpoint_stages:
+  if layout.remat_stages:
     stage = jax.checkpoint(stage)
   elif repeats > 1:
     stage = jax.checkpoint(stage, policy=_all_but_weights(policy))

@@ -1,5 +1,6 @@
 """A pipeline computes what a scan over the layers does, whatever the stages, microbatches, repeats and other axes."""
 
+import dataclasses
 import functools
 import re
 
@@ -104,18 +105,20 @@ def test_two_layers_in_each_others_place_are_noticed():
   [
     dict(policy=jax.checkpoint_policies.nothing_saveable),
     dict(policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-    dict(checkpoint_stages=True),
+    dict(remat_stages=True),
   ],
 )
 def test_what_is_computed_again_changes_nothing(repeats, options):
-  assert_same(evaluate(functools.partial(piped, layout(4, repeats, pipe=2), **options)), plain())
+  options = dict(options)
+  here = dataclasses.replace(layout(4, repeats, pipe=2), remat_stages=options.pop("remat_stages", False))
+  assert_same(evaluate(functools.partial(piped, here, **options)), plain())
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
 @pytest.mark.parametrize("stages_only", [False, True])
 def test_for_the_backward_pass_an_iteration_keeps_inputs_and_no_weights(repeats, stages_only):
-  here = layout(4, repeats, pipe=2)
-  options = dict(policy=jax.checkpoint_policies.nothing_saveable, checkpoint_stages=stages_only)
+  here = dataclasses.replace(layout(4, repeats, pipe=2), remat_stages=stages_only)
+  options = dict(policy=jax.checkpoint_policies.nothing_saveable)
   run = lambda blocks, x, kind: piped(here, layer, blocks, x, kind, **options)[0]
   kept = jax.eval_shape(lambda blocks, x, kind: jax.vjp(lambda *a: run(*a, kind), blocks, x)[1], *inputs())
   iterations, inputs_a_stage = 4 * repeats + 1, 1 if stages_only else DEPTH // 2 // repeats
