@@ -60,6 +60,10 @@ class Mixture:
       ids[chosen] = own + self._starts[part]
     return epochs, ids
 
+  def sizes(self) -> list[int]:
+    """Returns the sizes of the sources that go through epochs of their own, in the order of their ids."""
+    return [size for s in self.sources for size in (s.sizes() if hasattr(s, "sizes") else [len(s)])]
+
   @property
   def _before(self):
     """Places each source had before each stage."""

@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import queue
@@ -234,6 +235,12 @@ class Plan:
   def local_size(self) -> int:
     return self.batch_size // self.hosts * len(self.parts)
 
+  @functools.cached_property
+  def rows(self) -> np.ndarray:
+    """The place in the whole batch of each row that this host has."""
+    size = self.batch_size // self.hosts
+    return (self.parts[:, None] * size + np.arange(size)).reshape(-1)
+
   @property
   def steps(self) -> int | None:
     """The number of batches; None if endless."""
@@ -241,11 +248,8 @@ class Plan:
 
   def examples(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns (epochs, ids, mask) of the examples at `places` in the stream of this host's examples."""
-    size = self.batch_size // self.hosts
     step, place = np.divmod(places, self.local_size)
-    step = taken(step, self.skips)
-    part, offset = np.divmod(place, size)
-    row, mask = self.parts[part] * size + offset, np.ones(len(places), bool)
+    step, row, mask = taken(step, self.skips), self.rows[place], np.ones(len(places), bool)
     positions = step * self.batch_size + row
     if self.growth is not None:
       positions, mask = self.growth.rows(step, row, self.batch_size)

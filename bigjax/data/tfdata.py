@@ -34,7 +34,7 @@ def tensorflow() -> Any:
 def batches(
   plan: Any, ops: tuple[Any, ...], start_step: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
-  """Yields (epochs, ids, batch) of `plan` (see pipeline.Plan) after `ops`, the last of which works on single examples."""
+  """Yields (epochs, ids, batch) of `plan` (see pipeline.Plan) after `ops`, the last of which works on examples."""
   tf = tensorflow()
   work = _Work(tf, plan, ops)
   size, stop = plan.local_size, 2**62 if plan.steps is None else plan.steps * plan.local_size
