@@ -122,7 +122,7 @@ def assert_same_rows(a, b):
   ("count", "devices", "flags"),
   [
     (2, 4, []),
-    (4, 2, []),
+    pytest.param(4, 2, [], marks=pytest.mark.slow),
     # Two processes then feed the same half of the batch, and hold different halves of the kernels.
     (4, 1, ["--config.mesh=[('data', 2), ('tensor', 2)]", "--config.sharding=fsdp(tensor,8)"]),
   ],

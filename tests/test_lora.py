@@ -76,7 +76,15 @@ def test_fresh_adapters_change_nothing(text):
   np.testing.assert_array_equal(run.model.bind(*run.model.init(KEY))(tokens), expected)
 
 
-@pytest.mark.parametrize("model", [{}, dict(scan=True), dict(scan=True, remat="full"), dict(experts=2, expert_dim=16)])
+@pytest.mark.parametrize(
+  "model",
+  [
+    {},
+    pytest.param(dict(scan=True), marks=pytest.mark.slow),
+    pytest.param(dict(scan=True, remat="full"), marks=pytest.mark.slow),
+    dict(experts=2, expert_dim=16),
+  ],
+)
 def test_what_an_adapter_adds_is_a_b_scaled_in_any_matrix(text, model):
   rules = [*RULES, ("token_embed/.*", 2)]
   rules += [(".*experts/up/kernel", 2)] if "experts" in model else [(".*mlp/down/kernel", 3)]

@@ -115,7 +115,7 @@ def test_a_rule_that_names_no_layer_is_an_error():
     built(quantize="int4")
 
 
-@pytest.mark.parametrize("word", ["int8", "fp8"])
+@pytest.mark.parametrize("word", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_training_stays_close_to_what_it_is_without(word):
   expected = losses(built(), 8)
   found = losses(built(quantize=word), 8)
@@ -126,7 +126,11 @@ def test_training_stays_close_to_what_it_is_without(word):
 
 @pytest.mark.parametrize(
   ("mesh", "rule"),
-  [([("data", 8)], "fsdp"), ([("data", 4), ("tensor", 2)], "fsdp+tensor"), ([("tensor", 8)], "tensor")],
+  [
+    pytest.param([("data", 8)], "fsdp", marks=pytest.mark.slow),
+    ([("data", 4), ("tensor", 2)], "fsdp+tensor"),
+    pytest.param([("tensor", 8)], "tensor", marks=pytest.mark.slow),
+  ],
 )
 def test_scanned_and_recomputed_on_any_mesh_it_is_the_same(mesh, rule):
   model = VIT | dict(heads=8, width=32)

@@ -80,7 +80,12 @@ def trained(case, devices=8, layout="replicated", **changes):
   return bits(state), bits(measured)
 
 
-@pytest.mark.parametrize("case", [MLP, VIT, GPT], ids=["mlp", "vit", "gpt"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+  "case", [MLP, pytest.param(VIT, marks=SLOW), pytest.param(GPT, marks=SLOW)], ids=["mlp", "vit", "gpt"]
+)
 def test_the_same_bits_on_any_number_of_devices_however_the_state_lies(case):
   found = [trained(case, *place) for place in (EVERYWHERE if case is MLP else SOME)]
   assert all(f == found[0] for f in found[1:])

@@ -218,6 +218,7 @@ def test_scanned_and_recomputed_layers_have_the_same_gradients(name, remat):
   assert_close(found, ((loss, (penalties, stacked(kept))), stacked(gradient)))
 
 
+@pytest.mark.slow
 def test_a_scanned_layer_starts_as_the_unscanned_one():
   start = lambda scan: nnx.to_pure_dict(
     nnx.state(decoder.make(**SMALL | FAMILIES["every other"], scan=scan, rngs=nnx.Rngs(0)), nnx.Param)
@@ -296,8 +297,8 @@ MESHES = {
     ("llama", "tensor 2"),
     ("gemma2", "pipe 2 data 2"),
     ("gemma2", "data 2 seq 2 tensor 2"),
-    ("deepseek", "data 2 expert 2 tensor 2"),
-    ("every other", "pipe 2 data 2"),
+    pytest.param("deepseek", "data 2 expert 2 tensor 2", marks=pytest.mark.slow),
+    pytest.param("every other", "pipe 2 data 2", marks=pytest.mark.slow),
   ],
 )
 def test_any_mesh_gives_what_one_device_gives(name, axes):

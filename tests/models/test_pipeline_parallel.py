@@ -204,7 +204,12 @@ def compiled(layout):
   return jax.jit(jax.grad(loss), out_shardings=split).lower(blocks, *rest).compile().as_text()
 
 
-@pytest.mark.parametrize(("microbatches", "repeats"), [(4, 1), (8, 1), (4, 2), (8, 2)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+  ("microbatches", "repeats"), [(4, 1), pytest.param(8, 1, marks=SLOW), (4, 2), pytest.param(8, 2, marks=SLOW)]
+)
 def test_weights_stay_where_they_are_and_activations_go_to_the_next_stage_only(microbatches, repeats):
   text = compiled(layout(microbatches, repeats, pipe=4))
   found = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]* (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", text)
