@@ -1,8 +1,9 @@
-"""Saving and restoring a state with Orbax: in the background, atomically, onto any layout.
+"""Saving and restoring a state with Orbax: in the background, atomically, verified, onto any layout.
 
-Nothing else in the package knows Orbax. A checkpoint is the state (step, params, extras, opt_state by name) and a small
-JSON of what the loop itself remembers (best metric so far). It is complete or it is not there. It says nothing of the
-devices it was saved from, and the layers of a deep model may be stacked in it or not: see stacks.py.
+A checkpoint is the state by name, a small JSON of what the loop itself remembers, and digests of every file. It is
+complete or it is not there (commits.py); nothing is read that is not what was written (digests.py); a save that fails
+ends nothing (saving.py). It says nothing of the devices it was saved from, and the layers of a deep model may be
+stacked in it or not (stacks.py). Only this file and saving.py know Orbax.
 """
 
 from __future__ import annotations
@@ -10,125 +11,351 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
-from collections.abc import Mapping
+import secrets
+import sys
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
-from bigjax import paths, stacks
+from bigjax import commits, hosts, paths, stacks
+from bigjax.commits import Damaged, Keep
 from bigjax.errors import UserError
+from bigjax.saving import Save, said
 
-policies = ocp.checkpoint_managers
-
-CHUNK = 64 * 2**20  # Bytes of a leaf that are read as one: else a device reads all that another one has written.
 AT_ONCE = 256 * 10**6  # Bytes under way from disk to devices, of each process.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Keep:
-  """Which checkpoints stay: the last ones, one every so often, and the best by a metric."""
-
-  last: int = 1
-  every: int | None = None  # Steps.
-  best: str | None = None  # A metric such as "val/accuracy"; the state is saved whenever it improves.
-  mode: str = "max"
+PATIENCE = 300.0  # Seconds that the loop waits for a disk that is slow, before it goes on without the next checkpoint.
+PAUSES = (1, 2, 4)  # Seconds between attempts to save what must be saved before the run ends.
+BACK_OFF = (10, 600)  # Seconds until the first attempt after one that failed, and the most there are after many.
 
 
 class Checkpoints:
   """The checkpoints of one run, under `workdir/checkpoints`."""
 
-  def __init__(self, workdir: str, keep: Keep = Keep(), *, read_only: bool = False, where: str = "--workdir"):
-    self._where = where  # What the directory was named by, for messages.
-    self.directory = os.path.join(os.path.abspath(workdir), "checkpoints")
-    sign = 1 if keep.mode == "max" else -1
-    rules = [policies.LatestN(keep.last)]
-    rules += [policies.EveryNSteps(keep.every)] if keep.every else []
-    # What was the best by another metric, before the config changed, is no candidate.
-    self._of = f"{keep.mode} {keep.best}"
-    value = lambda metrics: metrics["best"] if metrics.get("of", self._of) == self._of else -np.inf
-    best = policies.BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False)
-    rules += [best] if keep.best else []
-    self._keep, self._sign = keep, sign
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=policies.AnyPreservationPolicy(rules),
-      best_fn=value if keep.best else None,
-      create=not read_only,
-      read_only=read_only,
-      cleanup_tmp_directories=not read_only,
-      step_format_fixed_length=8,
-    )
-    if read_only and not os.path.isdir(self.directory):
+  def __init__(
+    self,
+    workdir: str,
+    keep: Keep | None = None,
+    *,
+    read_only: bool = False,
+    where: str = "--workdir",
+    note: Callable[[str], None] | None = None,
+  ):
+    """Opens them; process 0 takes away what a run left that was killed.
+
+    Args:
+      workdir: The directory of the run.
+      keep: Which stay.
+      read_only: Nothing is written, renamed or made.
+      where: What `workdir` was named by, for messages.
+      note: Called with a line for each thing a person should know, on process 0; prints it by default.
+    """
+    self._where, self._keep, self._note = where, keep or Keep(), note or _print
+    self._root = (epath.Path(workdir) if "://" in workdir else epath.Path(workdir).absolute()) / "checkpoints"
+    self.directory = str(self._root)
+    self._read_only = read_only
+    self._known: dict[int, commits.Manifest] = {}
+    self._intact: set[int] = set()  # Those that were verified here.
+    self._saving: Save | None = None
+    self._saved: Save | None = None
+    self._failures, self._reason, self._next_try = 0, "", 0.0
+    if read_only and not self._root.is_dir():
       raise UserError(f"{where}={workdir} holds no checkpoints; train there first, or name another directory.")
-    handlers = {"state": ocp.StandardCheckpointHandler(), "loop": ocp.JsonCheckpointHandler()}
-    self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+    if not read_only and jax.process_index() == 0:
+      self._root.mkdir(parents=True, exist_ok=True)
+      commits.sweep(self._root)
 
   def steps(self) -> list[int]:
-    return sorted(self._manager.all_steps())
+    """Returns the steps there are checkpoints of, damaged or not."""
+    return commits.steps(self._root) if self._root.exists() else []
 
-  def save(self, step: int, state, loop: Mapping[str, Any], metric: float | None = None) -> None:
-    """Copies the state off the devices, and writes it in the background."""
-    if step in self._manager.all_steps():
+  # Saving
+
+  def save(
+    self, step: int, state, loop: Mapping[str, Any], metric: float | None = None, *, insist: bool = False
+  ) -> None:
+    """Copies the state off the devices, and writes it in the background; every process has to call it.
+
+    One that can't be written is said to be so, and nothing else happens: the next call tries again, `owed` says when.
+    What is there stays until something newer is complete.
+
+    Args:
+      step: Of which it is the state.
+      state: Any pytree of arrays.
+      loop: What the loop remembers, as JSON has it.
+      metric: What it may be the best by.
+      insist: Wait until it's there, and try again a few times if it can't be written.
+
+    Raises:
+      OSError: It can't be written, and `insist` says it has to be.
+    """
+    self._attempt(step, state, loop, metric, insist)
+    if insist:
+      self._settle()
+      for pause in PAUSES:
+        if self._failures:
+          time.sleep(pause)
+          self._attempt(step, state, loop, metric, insist)
+          self._settle()
+      self.wait()
+
+  def owed(self) -> bool:
+    """Whether a save failed and it's time to try again, at whatever step; a matter of nanoseconds, for the loop.
+
+    Several processes would have to agree on it: they try again when the next checkpoint is due.
+    """
+    if (self._saving is None and not self._failures) or jax.process_count() > 1:
+      return False
+    if self._saving is not None:
+      if not self._saving.ended(0.0):
+        return False
+      self._settle()
+    return self._failures > 0 and time.monotonic() >= self._next_try
+
+  def wait(self) -> None:
+    """Waits for the last save.
+
+    Raises:
+      OSError: There is no checkpoint of what was to be saved last.
+    """
+    self._settle()
+    if self._failures:
+      raise OSError(
+        f"No checkpoint could be written to {self.directory}: {self._reason}. {self._last()}; mend that and start the "
+        "same command again."
+      )
+
+  def back_to(self, before: int) -> int:
+    """Has the run go on from the newest checkpoint below step `before`, those above it are removed; returns its step.
+
+    Where all are later, it's the first of them, and where there is none 0. Every process has to call it.
+    """
+    self._settle()
+    steps = hosts.agreed(self.steps())
+    target = max((s for s in steps if s < before), default=min(steps, default=0))
+    if jax.process_index() == 0:
+      for step in (s for s in steps if s > target):
+        commits.remove(self._root, step)
+    return target
+
+  def _attempt(self, step, state, loop, metric, insist):
+    if insist and self._saving is not None:
+      self._saving.ended()
+    decision = hosts.agreed(self._decide(step, insist) if jax.process_index() == 0 else None)
+    if "directory" in decision or "failure" in decision:
+      self._settle()
+    if "failure" in decision:
+      self._failed(step, decision["failure"])
+    if "directory" in decision:
+      directory = epath.Path(decision["directory"])
+      rated = metric is not None and self._keep.best is not None
+      manifest = commits.Manifest(
+        step=step,
+        loop=dict(loop),
+        metric=metric * (1 if self._keep.mode == "max" else -1) if rated else None,
+        of=commits.measure(self._keep) if rated else None,
+        keep=dataclasses.asdict(self._keep),
+      )
+      commit = lambda files: self._commit(directory, manifest, files)
+      self._saving = Save(step, directory, _by_name(state), commit, self._saved)
+
+  def _decide(self, step, insist):
+    """Process 0 says where a checkpoint is written, or that none is and why."""
+    if self._saving is not None:
+      if not self._saving.ended(PATIENCE):
+        self._note(
+          f"The checkpoint of step {self._saving.step} is still being written after {PATIENCE} s: the disk is slow. "
+          f"Training goes on without one of step {step}."
+        )
+        return {}
+      if jax.process_count() == 1:
+        self._settle()
+    try:
+      if step in self.steps():
+        return {}
+      # Alone, it's tried again as soon as it's time to.
+      alone = jax.process_count() == 1
+      if self._failures and alone and not insist and time.monotonic() < self._next_try:
+        return {}
+      return {"directory": str(commits.begin(self._root, step, secrets.token_hex(4)))}
+    except OSError as e:
+      return {"failure": said(e)}
+
+  def _settle(self):
+    """Takes note of how the last save ended, once it has."""
+    save, self._saving = self._saving, None
+    if save is None:
       return
-    best = {"best": -np.inf if metric is None else self._sign * metric, "of": self._of}
-    metrics = best if self._keep.best else None
-    tree = _by_name(state)
-    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), tree)
-    args = ocp.args.Composite(state=ocp.args.StandardSave(tree, chunks), loop=ocp.args.JsonSave(dict(loop)))
-    self._manager.save(step, args=args, metrics=metrics, force=True)
+    save.ended()
+    self._saved = save
+    if save.failure is not None:
+      self._failed(save.step, save.failure)
+    elif self._failures:
+      self._say(f"Checkpoints are written again: there is that of step {save.step}.")
+      self._failures = 0
+
+  def _failed(self, step, reason):
+    self._failures, self._reason = self._failures + 1, reason
+    first, most = BACK_OFF
+    self._next_try = time.monotonic() + min(most, first * 2 ** min(self._failures - 1, 20))
+    self._say(f"The checkpoint of step {step} could not be written: {reason}. {self._last()}; it is tried again.")
+
+  def _last(self):
+    try:
+      steps = self.steps()
+    except OSError:
+      steps = []
+    return f"The last one is that of step {steps[-1]}" if steps else "There is none yet"
+
+  def _say(self, text):
+    if jax.process_index() == 0:
+      self._note(text)
+
+  def _commit(self, directory, manifest, files):
+    """On process 0, in the background: what was written is a checkpoint, and those that need not stay go."""
+    made = commits.commit(directory, self._root, manifest, files)
+    self._known[made.step] = made
+    try:
+      why = commits.reasons(self._readable(self.steps()), self._keep)
+      for step in (s for s, reasons in why.items() if not reasons and s != made.step):
+        commits.remove(self._root, step)
+    except OSError as e:
+      self._note(f"Older checkpoints could not be removed: {said(e)}.")
+
+  def _readable(self, steps):
+    for step in steps:
+      with contextlib.suppress(Damaged):  # Which is for a person to remove.
+        yield self._manifest(step)
+
+  # Verifying
+
+  def latest(self) -> int | None:
+    """Returns the newest step whose files are what was written; None where there is no checkpoint.
+
+    Every process has to call it, and gets the same. Those that are damaged get another name, and it is said so.
+
+    Raises:
+      Damaged: None is intact.
+    """
+    # A network's file system may show one host less than another.
+    steps, damaged = hosts.agreed(self.steps()), {}
+    for step in reversed(steps):
+      lines = self._wrong(step)
+      if not lines:
+        if damaged and jax.process_index() == 0:
+          self._set_aside(damaged, step)
+        return step
+      damaged[step] = lines
+    if damaged:
+      told = "".join(f"\n  step {s}: {commits.joined(lines)}" for s, lines in damaged.items())
+      raise Damaged(
+        f"No checkpoint in {self.directory} is intact:{told}\nBring one back from a copy; or remove them to start anew."
+      )
+    return None
+
+  def verify(self, step: int) -> None:
+    """Holds the files of a checkpoint against their digests; every process has to call it, and does a part.
+
+    Raises:
+      Damaged: They are not what was written.
+    """
+    if lines := self._wrong(step):
+      raise self._damaged(step, commits.joined(lines))
+
+  def _wrong(self, step) -> list[str]:
+    if step not in self._intact:
+      share = jax.process_index(), jax.process_count()
+      lines = [line for part in hosts.gathered(commits.wrong(self._root, step, share)) for line in part]
+      if lines:
+        return list(dict.fromkeys(lines))
+      if self._manifest(step).files is None:
+        self._say(f"The checkpoint of step {step} was written before there were digests: it can't be verified.")
+      self._intact.add(step)
+    return []
+
+  def _set_aside(self, damaged, step):
+    for other, lines in damaged.items():
+      if self._read_only:
+        self._note(
+          f"The checkpoint of step {other} is damaged ({commits.joined(lines)}); that of step {step} is taken."
+        )
+      else:
+        aside = commits.set_aside(self._root, other)
+        self._known.pop(other, None)
+        self._note(
+          f"The checkpoint of step {other} is damaged ({commits.joined(lines)}); it is {aside.name} now, and the run "
+          f"goes on from that of step {step}."
+        )
+
+  def _damaged(self, step, reason):
+    others = ", ".join(str(s) for s in self.steps() if s != step)
+    return Damaged(
+      f"The checkpoint {commits.place(self._root, step)} is damaged ({reason}). Bring it back from a copy, or take an "
+      f"earlier one; there are those of steps {others or 'none'}."
+    )
+
+  # Restoring
 
   def restore(self, abstract, shardings, step: int | None = None):
     """Returns (state, loop) of the last checkpoint or of `step`, laid out as `shardings`; None where there is none.
 
-    Each device reads what it is to hold, a bounded part at a time; layers in another form than wanted take one leaf
-    more.
+    It is verified before anything is read. Each device reads what it is to hold, a bounded part at a time; layers in
+    another form than wanted take one leaf more.
 
     Raises:
       UserError: The checkpoint's leaves are not those of `abstract`; the message shows the difference.
-      OSError: The checkpoint is damaged.
+      Damaged: The checkpoint is not what was written.
     """
     step = self._pick(step)
     if step is None:
       return None
+    self.verify(step)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    there = {n: jax.ShapeDtypeStruct(tuple(m.shape), np.dtype(m.dtype)) for n, m in _named(self._tree(step))}
+    there = self.leaves(step)
     wanted = dict(_named(target))
     conversions = stacks.conversions(there, wanted)
     self._compare(step, there, wanted, conversions)
-    with self._damage_said(step):
-      loop = self._manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore())).loop
     made = {n for c in conversions for n in c.targets}
-    leaves = self._load(step, {n: x for n, x in wanted.items() if n not in made})
+    leaves = self.load(step, {n: x for n, x in wanted.items() if n not in made})
     for group in _groups(conversions, there):
-      sources = self._load(step, {n: x for c in group for n, x in stacks.sources(c, there, wanted).items()})
+      sources = self.load(step, {n: x for c in group for n, x in stacks.sources(c, there, wanted).items()})
       for c in group:
         made = stacks.convert(c, [sources.pop(n) for n in c.sources], [wanted[n] for n in c.targets])
         leaves |= zip(c.targets, jax.block_until_ready(made), strict=True)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[n] for n in wanted]), loop
+    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[n] for n in wanted]), self.loop(step)
 
   def read(self, step: int | None = None, only: tuple[str, ...] = ("",)) -> dict[str, np.ndarray]:
     """Returns the leaves of a checkpoint whose path begins with one of `only`, by their path, on the host."""
     step = self._pick(step)
     if step is None:
       raise UserError(f"There is no checkpoint in {self.directory}.")
-    found = {n: m for n, m in _named(self._tree(step)) if n.startswith(only)}
-    shapes = _nested({n: jax.ShapeDtypeStruct(tuple(m.shape), np.dtype(m.dtype)) for n, m in found.items()})
+    self.verify(step)
+    return self._numpy(step, {n: m for n, m in self.leaves(step).items() if n.startswith(only)})
+
+  def values(self, step: int, name: str) -> np.ndarray:
+    """Returns one leaf of a checkpoint, on the host; `verify` comes first."""
+    return self._numpy(step, {name: self.leaves(step)[name]})[name]
+
+  def loop(self, step: int) -> dict[str, Any]:
+    """Returns what the loop remembered."""
+    return dict(self._manifest(step).loop)
+
+  def _numpy(self, step, leaves):
+    shapes = _nested(leaves)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     args = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)
     with self._damage_said(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      return dict(_named(reader.restore(os.path.join(self._step_dir(step), "state"), args=args)))
-
-  def wait(self) -> None:
-    self._manager.wait_until_finished()
+      return dict(_named(reader.restore(self._state(step), args=args)))
 
   def __enter__(self) -> Checkpoints:
     return self
 
-  def __exit__(self, *_) -> None:
-    self._manager.wait_until_finished()
-    self._manager.close()
+  def __exit__(self, kind, *_) -> None:
+    self._settle() if kind else self.wait()
 
   def _pick(self, step):
     steps = self.steps()
@@ -139,28 +366,38 @@ class Checkpoints:
       )
     return step if step is not None else (steps[-1] if steps else None)
 
-  def _step_dir(self, step):
-    return os.path.join(self.directory, f"{step:08d}")
+  def _manifest(self, step):
+    if step not in self._known:
+      try:
+        self._known[step] = commits.read(self._root, step)
+      except Damaged as e:
+        raise self._damaged(step, said(e)) from e
+    return self._known[step]
+
+  def _state(self, step):
+    return commits.place(self._root, step) / commits.STATE
 
   def _tree(self, step):
     """What the checkpoint says of each leaf."""
     with self._damage_said(step):
-      return self._manager.item_metadata(step).state.tree
+      return ocp.PyTreeCheckpointHandler().metadata(self._state(step)).tree
 
   @contextlib.contextmanager
   def _damage_said(self, step):
     """What is complete or not there was complete once: what can't be read of it now was lost later."""
     try:
       yield
-    except (AttributeError, KeyError, OSError, ValueError) as e:
-      reason = " ".join(str(e).split())[:300]
-      raise OSError(
-        f"The checkpoint {self._step_dir(step)} is damaged ({reason}). Bring it back from a copy, or move it away to "
-        f"go on from an earlier one; there are those of steps {', '.join(map(str, self.steps()))}."
-      ) from e
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+      raise
+    except Exception as e:  # The array library has no type of its own for it: some are bare.
+      raise self._damaged(step, said(e)) from e
 
-  def _load(self, step, leaves):
-    """Returns some leaves by name, read in the shapes and layouts given."""
+  def leaves(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of what is in a checkpoint, by its path."""
+    return {n: jax.ShapeDtypeStruct(tuple(m.shape), np.dtype(m.dtype)) for n, m in _named(self._tree(step))}
+
+  def load(self, step: int, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Returns some leaves by name, read in the shapes and layouts given; `verify` comes first."""
     if not leaves:
       return {}
     tree = _nested(leaves)
@@ -169,7 +406,7 @@ class Checkpoints:
     args = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=limit / 10**9)
     with self._damage_said(step), ocp.Checkpointer(handler) as reader:
-      return dict(_named(reader.restore(os.path.join(self._step_dir(step), "state"), args=args)))
+      return dict(_named(reader.restore(self._state(step), args=args)))
 
   def _compare(self, step, there, wanted, conversions):
     """Restoring is strict: every leaf there, none over, shapes and types equal, but for layers stacked otherwise."""
@@ -191,6 +428,10 @@ class Checkpoints:
         + more
         + "\nUse another --workdir, the config it was made with, or config.init_from to take parts of it."
       )
+
+
+def _print(text):
+  print(text, file=sys.stderr, flush=True)
 
 
 def _groups(conversions, there):

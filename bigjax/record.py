@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bigjax import config as configs
@@ -24,6 +24,8 @@ PACKAGES = (
     "bigjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy",
     "tensorflow-cpu", "tensorflow", "tensorflow-datasets", "ml-collections", "clu",
 )  # fmt: skip
+
+INCIDENTS = 200  # The last ones are kept.
 
 
 def open_workdir(workdir: str, described: Mapping[str, Any], free: Sequence[str]) -> None:
@@ -85,7 +87,8 @@ def read_config(workdir: str) -> dict[str, Any]:
 def start(workdir: str, described: Mapping[str, Any], **facts: Any) -> None:
   """Writes config.json, and run.json: when, from what code, by which command; a resumed run adds to `starts`."""
   file = os.path.join(workdir, "run.json")
-  starts = read_run(workdir).get("starts", [])
+  before = read_run(workdir)
+  starts = before.get("starts", [])
   command = [os.path.basename(sys.argv[0]) if i == 0 else a for i, a in enumerate(sys.argv)]
   run = {
     "command": command,
@@ -96,6 +99,7 @@ def start(workdir: str, described: Mapping[str, Any], **facts: Any) -> None:
     "starts": [*starts, now()],
     "started": starts[0] if starts else now(),
     "status": "running",
+    **{k: before[k] for k in ("incidents",) if k in before},
     **facts,
   }
   write_json(os.path.join(workdir, "config.json"), described)
@@ -105,6 +109,19 @@ def start(workdir: str, described: Mapping[str, Any], **facts: Any) -> None:
 def finish(workdir: str, status: str, **facts: Any) -> None:
   """Notes in run.json how the run ended."""
   write_json(os.path.join(workdir, "run.json"), read_run(workdir) | {"status": status, "finished": now(), **facts})
+
+
+def noting(workdir: str) -> Callable[[str], None]:
+  """Returns a function that tells a person a line at once, and keeps it in run.json under `incidents`."""
+
+  def note(text: str) -> None:
+    print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, UserError):  # It may be the disk that it tells of.
+      run = read_run(workdir)
+      incidents = [*run.get("incidents", []), {"time": now(), "what": text}][-INCIDENTS:]
+      write_json(os.path.join(workdir, "run.json"), run | {"incidents": incidents})
+
+  return note
 
 
 @contextlib.contextmanager
