@@ -112,8 +112,10 @@ class Ledger:
   def of(cls, run, workdir: str, first: int, skips: pipeline.Skips) -> Ledger:
     """Returns the ledger of an experiment that goes on after step `first`."""
     mine, parts = sharding.data_part(run.mesh)
-    processes = sorted({d.process_index for d in run.mesh.devices.flat})
-    writer = next(p for p in processes if sharding.data_part(run.mesh, p)[0] == mine)
+    ways, held = sharding.batch_ways(run.mesh), collections.defaultdict(set)
+    for device, (rows,) in sharding.batch_sharding(run.mesh).devices_indices_map((ways,)).items():
+      held[device.process_index].add(rows.indices(ways)[0])
+    writer = min(p for p, rows in held.items() if rows == held[jax.process_index()])
     config = run.config
     plan = pipeline.Plan(
       run.data.source, config.batch_size, mine, parts, seed=config.seed, growth=run.growth, skips=skips

@@ -58,6 +58,10 @@ class Chat:
       "positions": positions,
     }
 
+  def spans(self, ids: np.ndarray) -> list[str]:
+    """Returns which tokens of all conversations each row is, in words."""
+    return self.packing.spans(ids)
+
 
 def make(
   path: str | tuple[str, ...],

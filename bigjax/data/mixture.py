@@ -60,6 +60,12 @@ class Mixture:
       ids[chosen] = own + self._starts[part]
     return epochs, ids
 
+  def spans(self, ids: np.ndarray) -> list[str]:
+    """Returns what each row is, in the words of its source."""
+    parts, plain = self._parts(ids), lambda ids: [""] * len(ids)
+    within = ids - self._starts[parts]
+    return [getattr(self.sources[p], "spans", plain)(within[[i]])[0] for i, p in enumerate(parts)]
+
   def sizes(self) -> list[int]:
     """Returns the sizes of the sources that go through epochs of their own, in the order of their ids."""
     return [size for s in self.sources for size in (s.sizes() if hasattr(s, "sizes") else [len(s)])]

@@ -32,6 +32,12 @@ class Packing:
     """The part of all places that hold a token."""
     return float(self.lengths.sum() / (self.room * max(1, len(self))))
 
+  def spans(self, ids: Int64[np.ndarray, " batch"]) -> list[str]:
+    """Returns which tokens each row holds, in words."""
+    pieces = [range(self.rows[i], self.rows[i + 1]) for i in ids]
+    ends = self.starts + self.lengths - 1
+    return ["tokens " + ", ".join(f"{self.starts[p]:,} to {ends[p]:,}" for p in row) for row in pieces]
+
 
 def pack(starts: Int64[np.ndarray, " documents"], lengths: Int64[np.ndarray, " documents"], room: int) -> Packing:
   """Packs documents, each `lengths` tokens from `starts` on, into rows of `room` tokens, 2 or more.

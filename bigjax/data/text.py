@@ -33,6 +33,10 @@ class Text:
     windows = self.tokens[ids[:, None] * self.stride + np.arange(self.block + 1)]
     return {"tokens": windows.astype(np.int32)}
 
+  def spans(self, ids: np.ndarray) -> list[str]:
+    """Returns which tokens of the split each window is, in words."""
+    return [f"tokens {s:,} to {s + self.block:,}" for s in (ids * self.stride).tolist()]
+
 
 def make(
   path: str | tuple[str, ...],

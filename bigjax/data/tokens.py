@@ -43,6 +43,10 @@ class Windows:
       self.store.read(self.start + i * self.stride, row)
     return {"tokens": tokens}
 
+  def spans(self, ids: np.ndarray) -> list[str]:
+    """Returns which tokens of the store each row is, in words."""
+    return [f"tokens {s:,} to {s + self.block:,}" for s in (self.start + ids * self.stride).tolist()]
+
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
@@ -77,6 +81,10 @@ class Packed:
         positions[row, there] = np.arange(length)
         place += length
     return {"tokens": tokens, "segments": segments, "positions": positions}
+
+  def spans(self, ids: np.ndarray) -> list[str]:
+    """Returns which tokens of the store each row is, in words."""
+    return self.packing.spans(ids)
 
 
 def make(
