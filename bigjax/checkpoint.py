@@ -69,9 +69,10 @@ class Checkpoints:
       self._root.mkdir(parents=True, exist_ok=True)
       commits.sweep(self._root)
 
-  def steps(self) -> list[int]:
-    """Returns the steps there are checkpoints of, damaged or not."""
-    return commits.steps(self._root) if self._root.exists() else []
+  def steps(self, coming: bool = False) -> list[int]:
+    """Returns the steps there are checkpoints of, damaged or not; with `coming`, that of one being written, too."""
+    written = {self._saving.step} if coming and self._saving is not None else set()
+    return sorted(written.union(commits.steps(self._root) if self._root.exists() else []))
 
   # Saving
 
@@ -142,6 +143,14 @@ class Checkpoints:
         commits.remove(self._root, step)
     return target
 
+  def amend(self, step: int, loop: Mapping[str, Any], metric: float | None = None) -> None:
+    """Has the checkpoint of a step remember what was found about it later, and what it may be the best by."""
+    if jax.process_index() == 0:
+      manifest = dataclasses.replace(self._manifest(step), **self._said(loop, metric))
+      commits.amend(self._root, manifest)
+      self._known[step] = manifest
+      self._prune(step)
+
   def _attempt(self, step, state, loop, metric, insist):
     if insist and self._saving is not None:
       self._saving.ended()
@@ -152,16 +161,19 @@ class Checkpoints:
       self._failed(step, decision["failure"])
     if "directory" in decision:
       directory = epath.Path(decision["directory"])
-      rated = metric is not None and self._keep.best is not None
-      manifest = commits.Manifest(
-        step=step,
-        loop=dict(loop),
-        metric=metric * (1 if self._keep.mode == "max" else -1) if rated else None,
-        of=commits.measure(self._keep) if rated else None,
-        keep=dataclasses.asdict(self._keep),
-      )
+      manifest = commits.Manifest(step=step, **self._said(loop, metric))
       commit = lambda files: self._commit(directory, manifest, files)
       self._saving = Save(step, directory, _by_name(state), commit, self._saved)
+
+  def _said(self, loop, metric):
+    """What a checkpoint says of a step, but for its files."""
+    rated = metric is not None and self._keep.best is not None
+    return dict(
+      loop=dict(loop),
+      metric=metric * (1 if self._keep.mode == "max" else -1) if rated else None,
+      of=commits.measure(self._keep) if rated else None,
+      keep=dataclasses.asdict(self._keep),
+    )
 
   def _decide(self, step, insist):
     """Process 0 says where a checkpoint is written, or that none is and why."""
@@ -219,9 +231,12 @@ class Checkpoints:
     """On process 0, in the background: what was written is a checkpoint, and those that need not stay go."""
     made = commits.commit(directory, self._root, manifest, files)
     self._known[made.step] = made
+    self._prune(made.step)
+
+  def _prune(self, newest):
     try:
       why = commits.reasons(self._readable(self.steps()), self._keep)
-      for step in (s for s, reasons in why.items() if not reasons and s != made.step):
+      for step in (s for s, reasons in why.items() if not reasons and s != newest):
         commits.remove(self._root, step)
     except OSError as e:
       self._note(f"Older checkpoints could not be removed: {said(e)}.")

@@ -90,13 +90,24 @@ def commit(
   """Makes what is in `unfinished` the checkpoint of its step; returns the manifest with digests, some `known`."""
   _make_durable(unfinished)
   manifest = dataclasses.replace(manifest, files=digests.take(unfinished, known), time=_now())
-  said = dataclasses.asdict(manifest)
-  _write(unfinished / FILE, json.dumps({"format": 1, **said, "digest": _digest(said)}, indent=1) + "\n")
+  _write(unfinished / FILE, _text(manifest))
   if not _is_remote(root):
     _sync(unfinished)
     os.rename(unfinished, place(root, manifest.step))
     _sync(root)
   return manifest
+
+
+def amend(root: epath.Path, manifest: Manifest) -> None:
+  """Has a checkpoint say what `manifest` does, all of it or none."""
+  file = place(root, manifest.step) / FILE
+  if _is_remote(root):
+    _write(file, _text(manifest))
+    return
+  amended = root / f"{manifest.step:08d}{UNFINISHED}amended"
+  _write(amended, _text(manifest))
+  os.replace(amended, file)
+  _sync(place(root, manifest.step))
 
 
 def read(root: epath.Path, step: int) -> Manifest:
@@ -157,7 +168,7 @@ def sweep(root: epath.Path) -> None:
     left = UNFINISHED in path.name or ".orbax-checkpoint-tmp" in path.name
     if left or (_is_remote(root) and re.fullmatch(r"\d{8,}", path.name) and not _is_complete(path)):
       with contextlib.suppress(OSError):  # It's in nobody's way.
-        path.rmtree()
+        path.rmtree() if path.is_dir() else path.unlink()
 
 
 def reasons(manifests: Iterable[Manifest], keep: Keep) -> dict[int, list[str]]:
@@ -192,6 +203,11 @@ def _of_old(directory, step):
   except (OSError, ValueError) as e:
     raise Damaged(_one_line(e)) from e
   return Manifest(step=step, loop=said, metric=best.get("best"), of=best.get("of"))
+
+
+def _text(manifest):
+  said = dataclasses.asdict(manifest)
+  return json.dumps({"format": 1, **said, "digest": _digest(said)}, indent=1) + "\n"
 
 
 def _digest(said: Mapping[str, Any]) -> str:

@@ -1,16 +1,15 @@
 """Mistakes a person at the keyboard can mend, told in one message; and what exit codes say.
 
-  0        all went well
-  1        a fault of the program or the machine, with a message or a traceback
-  2        a mistake: a `UserError`, printed by `bigjax.main` without a traceback
-  75       asked to stop, and saved: the same command goes on
-  76       hung, or lost a peer, and left: the same command goes on from the last checkpoint
-  130, 143 left at once, at a second Ctrl-C or SIGTERM
+0        all went well
+1        a fault of the program or the machine, with a message or a traceback
+2        a mistake: a `UserError`, printed by `bigjax.main` without a traceback
+75       asked to stop, and saved: the same command goes on
+76       hung, or lost a peer, and left: the same command goes on from the last checkpoint
+130, 143 left at once, at a second Ctrl-C or SIGTERM
 """
 
 import difflib
 from collections.abc import Iterable
-
 
 STOPPED = 75  # "Try again later", as sysexits.h has it.
 LOST = 76

@@ -14,7 +14,6 @@ from bigjax import state as states
 from bigjax.data import pipeline
 from bigjax.errors import UserError, suggest
 from bigjax.experiment import EvalConfig, Experiment, Stream
-from bigjax.schedules import is_due
 from bigjax.stops import Stopped, Stops
 
 
@@ -23,7 +22,7 @@ class Evaluations:
 
   def __init__(self, run: Experiment, stop: Stops, owed: bool):
     self._all = [Evaluation.of(run, name, e, stop.between) for name, e in run.config.evals.items()]
-    self._last = run.total_steps
+    self._due = run.due
     self.cut = False  # Whether a stop came in between.
     self.owed = tuple(run.config.evals) if owed else ()  # What is to be measured before the first step.
 
@@ -32,7 +31,7 @@ class Evaluations:
     found = {}
     try:
       for evaluation in self._all:
-        if is_due(step, evaluation.every, last=self._last):
+        if self._due(step, evaluation.every):
           with pause("eval"):
             found |= evaluation.run(state)
     except Stopped:

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigjax import checkpoint, lora, precision, quantize, schedules, sharding, topology, updates
+from bigjax import checkpoint, lora, precision, quantize, schedules, sharding, tiers, topology, updates
+from bigjax import guard as guards
 from bigjax import state as states
 from bigjax.best import Watch
 from bigjax.config import Component
@@ -25,6 +26,7 @@ from bigjax.data import growth as growing
 from bigjax.data import ops, pipeline
 from bigjax.errors import UserError
 from bigjax.schedules import Duration
+from bigjax.watchdog import WatchdogConfig
 
 Regex = str
 
@@ -72,6 +74,7 @@ class KeepConfig:
   every: Duration | None = None  # And one every so often.
   best: str | None = None  # And the best by this metric, "val/accuracy", saved whenever it improves.
   mode: Literal["max", "min"] = "max"
+  temporary: tiers.TemporaryConfig | None = None  # And one every few minutes on a near disk.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,9 +99,20 @@ class InitConfig:
     (".*", r"\g<0>"),
   )  # (leaf here, its name there, or None: keep the fresh value).
 
+  # With a workdir: all of its state, which is gone on with from its step on, instead of parameters to start with. Names
+  # begin with params/, extras/ and opt_state/ then, and what differs has to be allowed: see bigjax/changes.py.
+  whole: bool = False
+  drop: tuple[Regex, ...] = ()  # Leaves there that are left behind, such as an average: "opt_state/.*".
+  resize: tuple[Regex, ...] = ()  # Leaves here of other sizes, such as a head: what both have is taken, the rest fresh.
+  cast: bool = False  # Other precisions.
+
   def __post_init__(self):
     if (self.workdir is None) == (self.weights is None):
       raise UserError("config.init_from names either a workdir or weights.")
+    if (self.drop or self.resize or self.cast) and not self.whole:
+      raise UserError("config.init_from: drop, resize and cast are for whole=True; of parameters, rules say it all.")
+    if self.whole and self.workdir is None:
+      raise UserError("config.init_from.whole: weights have no state to go on with; name a workdir.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,9 +210,11 @@ class TrainConfig:
   checkpoint_every: Duration = "20%"  # The last step is always saved.
   keep: KeepConfig = KeepConfig()
   early_stop: StopConfig | None = None
+  guard: guards.Action | guards.GuardConfig = "stop"  # What a loss or gradient that isn't finite does, or a leap.
   writers: tuple[Literal["jsonl", "csv", "tensorboard", "console"], ...] = ("jsonl", "csv", "tensorboard")
   claim: ClaimConfig | None = None
   plan: BudgetConfig | None = None
+  watchdog: WatchdogConfig | None = dataclasses.field(default_factory=WatchdogConfig)
 
   def __post_init__(self):
     # Here, and not where the model is made: what is recorded of a config says what was computed.
@@ -207,8 +223,8 @@ class TrainConfig:
 
 # A run may go on under a config that differs in these: they don't change what is computed, but for the order of sums
 # and, in a pipeline, what dropout draws.
-OBSERVING = ("evals", "log_every", "checkpoint_every", "keep", "early_stop", "writers", "claim", "plan")
-OBSERVING += ("mesh", "sharding", "activations", "sequence", "pipeline")
+OBSERVING = ("evals", "log_every", "checkpoint_every", "keep", "early_stop", "guard", "writers", "claim", "plan")
+OBSERVING += ("watchdog", "mesh", "sharding", "activations", "sequence", "pipeline")
 OBSERVING += ("model.scan", "model.remat", "model.attention", "task.loss_chunks")
 
 
@@ -256,10 +272,11 @@ class Experiment:
 
   def steps(self, duration: Duration, where: str) -> int:
     """Returns a cadence in steps, at least 1."""
-    steps = self.clock.steps(duration, where)
-    if steps < 1:
-      raise UserError(f"{where} must be positive, not {duration!r}; '100%' is once, at the end.")
-    return steps
+    return _steps(self.clock, duration, where)
+
+  def due(self, step: int, every: int) -> bool:
+    """Whether something done `every` so many steps is done at `step`; at the last it always is."""
+    return step % every == 0 or step == self.total_steps
 
   @property
   def pace(self) -> tuple[int, str]:
@@ -283,15 +300,7 @@ class Experiment:
   @property
   def growth(self) -> growing.Growth | None:
     """How the batch grows."""
-    warmup = self.config.batch_warmup
-    if warmup is None:
-      return None
-    parts = warmup.parts or (self.config.accumulate if self.config.accumulate > 1 else 8)
-    if self.config.batch_size % parts:
-      raise UserError(f"config.batch_warmup.parts: {parts} parts do not divide a batch of {self.config.batch_size}.")
-    if not 1 <= warmup.first < parts:
-      raise UserError(f"config.batch_warmup.first: {warmup.first} of {parts} parts; give 1 to {parts - 1}.")
-    return growing.Growth(parts, warmup.first, self.steps(warmup.until, "config.batch_warmup.until"))
+    return _growth(self.config, self.clock)
 
   @property
   def borrows(self) -> bool:
@@ -326,6 +335,7 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
   _check_sizes(config, layout.mesh)
   Watch.of(config.keep, config.early_stop, config.evals, {})  # Refuses metrics that no evaluator gives.
   _check_claim(config)
+  guards.of(config.guard)
   data = Stream.of(config.data)
   batch = data.spec(config.batch_size)
   clock = _clock(config, data, batch)
@@ -359,6 +369,34 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
   run = Experiment(config, layout, data, batch, clock, model, task, optimizer, outputs, abstract, shardings, division)
   run.growth  # noqa: B018  # Refuses parts that can't be.
   return run
+
+
+def order(config: TrainConfig) -> pipeline.Plan:
+  """Returns which examples the steps of a run take; of a config whose data can be read, nothing else is built."""
+  data = Stream.of(config.data)
+  growth = None
+  if config.batch_warmup is not None:
+    growth = _growth(config, _clock(config, data, data.spec(config.batch_size)))
+  return pipeline.Plan(data.source, config.batch_size, 0, 1, seed=config.seed, growth=growth)
+
+
+def _growth(config, clock):
+  warmup = config.batch_warmup
+  if warmup is None:
+    return None
+  parts = warmup.parts or (config.accumulate if config.accumulate > 1 else 8)
+  if config.batch_size % parts:
+    raise UserError(f"config.batch_warmup.parts: {parts} parts do not divide a batch of {config.batch_size}.")
+  if not 1 <= warmup.first < parts:
+    raise UserError(f"config.batch_warmup.first: {warmup.first} of {parts} parts; give 1 to {parts - 1}.")
+  return growing.Growth(parts, warmup.first, _steps(clock, warmup.until, "config.batch_warmup.until"))
+
+
+def _steps(clock, duration, where):
+  steps = clock.steps(duration, where)
+  if steps < 1:
+    raise UserError(f"{where} must be positive, not {duration!r}; '100%' is once, at the end.")
+  return steps
 
 
 def _layout(config, devices):

@@ -11,24 +11,25 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import importlib.util
+import ctypes
 import itertools
 import json
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed
 
-from bigjax.errors import UserError
-from bigjax.peers import Peers, call_roll, find, is_loopback, metadata
+from bigjax.errors import LOST, UserError
+from bigjax.peers import Peers, call_roll, find, is_loopback, metadata, on_tpu_vm
 
 SILENCE = 60  # Seconds without a sign of life after which a peer counts as lost; --peer_timeout if that is less.
 GRACE = 10  # Seconds that a failed process has to tidy up in.
@@ -79,10 +80,7 @@ def initialize(
     UserError: The flags or the environment can't be so, or the processes contradict each other.
     TimeoutError: A process did not come; says which.
   """
-  attribute = None
-  # Importing JAX sets the first where the machine has no TPU; then there is no server of metadata to ask.
-  if "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu"):
-    attribute = metadata
+  attribute = metadata if on_tpu_vm() else None
   hostname = socket.getfqdn() if "JOB_COMPLETION_INDEX" in os.environ else socket.gethostname()
   peers = find(
     os.environ, coordinator=coordinator, processes=processes, process=process, attribute=attribute, hostname=hostname
@@ -94,7 +92,10 @@ def initialize(
     os.environ["no_proxy"] = ",".join(filter(None, (os.environ.get("no_proxy"), host)))
     os.environ["JAX_CHECK_PROXY_ENVS"] = "0"
     jax.config.update("jax_check_proxy_envs", False)
-  call_roll(peers, timeout)
+  jax.config.update("jax_enable_preemption_service", False)  # It takes SIGTERM for itself; see stops.py.
+  roll = call_roll(peers, timeout)
+  if peers.process:
+    _say_who_is_gone(peers, roll[0])
   jax.distributed.initialize(
     peers.coordinator,
     peers.processes,
@@ -127,6 +128,12 @@ def agreed(value: Any) -> Any:
   return json.loads(store.blocking_key_value_get(name, 600_000))
 
 
+def place() -> tuple[int, int]:
+  """Returns which process this is and of how many, without starting the devices."""
+  state = distributed.global_state
+  return (0, 1) if state.client is None else (state.process_id, state.num_processes)
+
+
 def gathered(value: Any) -> list[Any]:
   """Returns what every process gives, in their order; anything JSON has. Not for the hot loop."""
   if _store() is None:
@@ -139,7 +146,7 @@ def gathered(value: Any) -> list[Any]:
 def tell_all(name: str, value: Any) -> None:
   """Puts a value where all processes find it by its name; also from a thread, which can't agree in any order."""
   if _store() is not None:
-    _store().key_value_set(f"bigjax/told/{name}", json.dumps(value))
+    _store().key_value_set(f"bigjax/told/{name}", json.dumps(value), allow_overwrite=True)
 
 
 def told(name: str, seconds: float) -> Any:
@@ -154,6 +161,14 @@ def told(name: str, seconds: float) -> Any:
     if "DEADLINE" not in str(e):
       raise
     raise TimeoutError(f"nothing came within {seconds:.0f} s") from e
+
+
+def told_below(name: str) -> dict[int, Any]:
+  """Returns what has been told so far by names `name/0`, `name/1`, ..., by process."""
+  if _store() is None:
+    return {}
+  found = _store().key_value_dir_get(f"bigjax/told/{name}")
+  return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}
 
 
 def forget(name: str) -> None:
@@ -182,13 +197,8 @@ def _check_shared(peers, workdir, timeout):
         pass
     except OSError as e:
       raise UserError(f"--workdir={workdir} can't be written: {e.strerror}.") from e
-  deadline = time.monotonic() + 10  # A network's file system may be slow to show what is new.
-  while not (there := os.path.exists(token)) and time.monotonic() < deadline:
-    time.sleep(0.2)
-    with contextlib.suppress(OSError):
-      os.listdir(workdir)
   try:
-    if not there:
+    if not _appears(token):
       raise UserError(
         f"--workdir={workdir} on {socket.gethostname()} (process {peers.process}) is not the directory that process 0 "
         "writes to; name one that all hosts share."
@@ -197,6 +207,30 @@ def _check_shared(peers, workdir, timeout):
   finally:
     if peers.process == 0:
       os.remove(token)
+
+
+def shared(directory: str) -> bool:
+  """Returns whether all processes see one directory there; makes it. Not for the hot loop."""
+  token = os.path.join(directory, agreed(f".hosts-{secrets.token_hex(8)}"))
+  first = place()[0] == 0
+  if first:
+    os.makedirs(directory, exist_ok=True)
+    with open(token, "x"):
+      pass
+  there = all(gathered(_appears(token)))
+  if first:
+    os.remove(token)
+  return there
+
+
+def _appears(file):
+  """Whether a file is there, or soon is: a network's file system may be slow to show what is new."""
+  deadline = time.monotonic() + 10
+  while not (there := os.path.exists(file)) and time.monotonic() < deadline:
+    time.sleep(0.2)
+    with contextlib.suppress(OSError):
+      os.listdir(os.path.dirname(file))
+  return there
 
 
 # Failing together
@@ -241,6 +275,49 @@ def _post(process, code, reason, host=None):
     _store().key_value_set(f"bigjax/failed/{process}", json.dumps(said))
 
 
+def _say_who_is_gone(peers, host):
+  """Has the abort that JAX ends this process by, the moment process 0 is gone, told in words and as our exit code.
+
+  JAX's client takes a callback instead, but jaxlib has no Python type for what it would be called with, and aborts all
+  the same. So it is the signal of the abort that is caught, in the thread that raises it: Python's own handlers run in
+  the main thread only, which waits for the peer.
+  """
+
+  def aborted(number):
+    del number
+    with contextlib.suppress(OSError), socket.create_connection(peers.coordinator.rsplit(":", 1), timeout=2):
+      return  # It is there: this is something else.
+    reason = "nothing answers there any more: it was killed, or its host is gone"
+    print(f"bigjax: process 0 of {peers.processes} on {host} failed: {reason}", file=sys.stderr, flush=True)
+    os._exit(LOST)
+
+  global _aborted
+  _aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)  # Kept alive for as long as the process is.
+  ctypes.CDLL(None).signal(int(signal.SIGABRT), _aborted)
+
+
+def end(code: int, reason: str) -> NoReturn:
+  """Ends the run at once, here and on all peers, from any thread and whatever the others wait for."""
+  me, count = place()
+  print(f"bigjax: {reason}", file=sys.stderr, flush=True)
+  if count > 1:
+    _post(me, code, reason)
+    _linger(me, count)
+  _leave(code)
+
+
+def _linger(me, count):
+  """Process 0 has the store: it goes when the others have read of it."""
+  store = _store()
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    store.key_value_set(f"bigjax/seen/{me}", "", allow_overwrite=True)
+    deadline = time.monotonic() + 5
+    while me == 0 and time.monotonic() < deadline:
+      if len(store.key_value_dir_get("bigjax/seen")) == count:
+        break
+      time.sleep(POLL / 10)
+
+
 class _Lookout:
   """A thread that ends this process when a peer has failed or is lost, and after its own failure in bounded time."""
 
@@ -266,7 +343,7 @@ class _Lookout:
       _post(me, 1, _shown(error))
     else:
       tell(error)
-    self._linger()
+    _linger(self._peers.process, self._peers.processes)
     atexit.register(_leave, _code(error))  # Ahead of JAX's own, which waits for all peers.
 
   def _run(self):
@@ -300,7 +377,7 @@ class _Lookout:
         heard[key] = (beat, now)
       elif now - heard[key][1] > self._silence:
         reason = f"nothing was heard of it for {self._silence:g} s: it was killed, or its host is gone"
-        _post(int(key.rpartition("/")[2]), 1, reason, beat.partition(" ")[2])
+        _post(int(key.rpartition("/")[2]), LOST, reason, beat.partition(" ")[2])
 
   def _end(self, failed):
     """Ends this process, whatever its other threads wait for."""
@@ -312,19 +389,8 @@ class _Lookout:
     if self._peers.process == 0:
       with contextlib.suppress(Exception):  # The disk may be what failed.
         self._note(reason)
-    self._linger()
+    _linger(self._peers.process, self._peers.processes)
     _leave(failed["code"])
-
-  def _linger(self):
-    """Process 0 has the store: it goes when the others have read of it."""
-    store, me = _store(), self._peers.process
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-      store.key_value_set(f"bigjax/seen/{me}", "", allow_overwrite=True)
-      deadline = time.monotonic() + 5
-      while me == 0 and time.monotonic() < deadline:
-        if len(store.key_value_dir_get("bigjax/seen")) == self._peers.processes:
-          break
-        time.sleep(POLL / 10)
 
 
 def _leave(code):

@@ -1,7 +1,6 @@
 """The one entrypoint: `bigjax COMMAND ...`, the same as `python -m bigjax COMMAND ...`.
 
-Leaves with 0 when all went well, 2 for a mistake of the person at the keyboard (one message, with the remedy),
-1 for a fault at run time, 75 when it was asked to stop and saved itself.
+What its exit code says stands in errors.py.
 """
 
 import importlib
@@ -23,6 +22,7 @@ COMMANDS = {
   "repro": "run a workdir again from what it recorded, and compare",
   "report": "write the report page of a workdir anew",
   "data": "prepare datasets",
+  "checkpoint": "list, show, compare, verify, convert and remove checkpoints",
   "weights": "show published weights; write a run's for transformers",
 }
 
@@ -70,7 +70,15 @@ def quiet():
   os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
   from absl import logging
 
-  logging.set_verbosity(logging.ERROR)
+  logging.set_verbosity(logging.FATAL)  # Errors are raised as well, and said once, by us.
+  before = sys.unraisablehook
+
+  def hook(unraisable):
+    # What the array library reports of a save that has failed already, to a loop that Orbax has closed.
+    if "Event loop is closed" not in str(unraisable.exc_value):
+      before(unraisable)
+
+  sys.unraisablehook = hook
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from bigjax import paths
 from bigjax.errors import UserError
 
 
+AHEAD = 2  # Steps that the host may be ahead of the devices: enough to hide its work, and a stop is soon heard.
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
   """A compiled function that names the argument it refuses."""

@@ -5,62 +5,88 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
-import math
-import os
-import signal
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import multihost_utils
 
 from bigjax import config as configs
-from bigjax import hosts, metrics, overview, precision, record, sharding, tuned
+from bigjax import guard as guards
+from bigjax import hosts, metrics, overview, record, sharding, tiers, tuned
 from bigjax import state as states
 from bigjax.best import Watch
 from bigjax.checkpoint import Checkpoints
 from bigjax.data import pipeline
 from bigjax.errors import UserError
-from bigjax.evaluation import Evaluation
+from bigjax.evaluation import Evaluation, Evaluations
 from bigjax.experiment import OBSERVING, Experiment, TrainConfig, build
+from bigjax.goodput import Spent
+from bigjax.guard import Guard
+from bigjax.ledger import Ledger
 from bigjax.plan import mfu, profiles
+from bigjax.sentry import Step
+from bigjax.stops import Stops
+from bigjax.watchdog import Watchdog
 
-STOPPED = 75  # Exit code of a run that was asked to stop and saved itself (sysexits' "try again later").
 
-
-def train(config: TrainConfig, workdir: str) -> str:
+def train(config: TrainConfig, workdir: str, stop: Stops | None = None) -> str:
   """Trains until `config.total_steps`, from the last checkpoint in `workdir` if there is one.
 
+  Args:
+    config: What to train.
+    workdir: Where all of it goes.
+    stop: Says where to stop; listens to signals in the loop where it is not given.
+
   Returns:
-    How it ended: "finished", "stopped" (asked to by a signal) or "stopped early" (`config.early_stop`).
+    How it ended: "finished", "stopped" (asked to, see stops.py) or "stopped early" (`config.early_stop`).
   """
-  described = configs.describe(config)
+  with contextlib.ExitStack() as throughout:
+    stop = stop or Stops()
+    # Going back is a new start: it reads the last checkpoint, and leaves out what guard.py wrote down.
+    while (status := attempt(config, workdir, stop, throughout)) == "rolled back":
+      pass
+  return status
+
+
+def attempt(config: TrainConfig, workdir: str, stop: Stops, throughout: contextlib.ExitStack) -> str:
+  """Trains as `train` does, once; may also end "rolled back". What is entered into `throughout` outlives it."""
+  clock, described = metrics.Stopwatch(), configs.describe(config)
   record.open_workdir(workdir, described, free=OBSERVING)
   run = build(config)
   primary = jax.process_index() == 0
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(run.mesh))
-    checkpoints = stack.enter_context(Checkpoints(workdir, run.keep()))
-    evals = [Evaluation.of(run, name, e) for name, e in config.evals.items()]
+    note = record.noting(workdir)
+    checkpoints = stack.enter_context(Checkpoints(workdir, run.keep(), note=note))
+    temporary = stack.enter_context(tiers.of(config.keep.temporary, workdir, note))
     with concurrent.futures.ThreadPoolExecutor(1) as background:
       compiling = background.submit(compile_step, run)  # While the first state is made or read.
-      state, loop = start(run, checkpoints)
-    step_fn, first = compiling.result(), int(state.step)
+      with clock.within("restore"):
+        state, loop = start(run, temporary.newest(checkpoints))
+      with clock.within("compile"):
+        step_fn, first = compiling.result(), int(state.step)
+    evaluations = Evaluations(run, stop, owed=loop.get("unmeasured", False))
     watch = Watch.of(config.keep, config.early_stop, config.evals, loop)
+    guard = Guard(run, workdir, checkpoints, loop, forget=temporary.clear)
+    spent = Spent(workdir, clock, primary)
     if primary:
       overview.write(run, workdir)
-      record.start(workdir, described, **overview.facts(run))
+      record.start(workdir, described, **overview.facts(run), **spent.facts())
       stack.enter_context(record.failure_noted(workdir))
 
-    batches = stack.enter_context(train_batches(run, first))
-    writers = stack.enter_context(metrics.Writers(workdir, config.writers, resume_step=first or None, primary=primary))
-    progress = stack.enter_context(metrics.Progress(run.total_steps, first, *run.pace, quiet=not primary))
-    interrupt = stack.enter_context(Interrupt())
-    stack.enter_context(hosts.failure_told())  # Last in, so that no peer is waited for before it knows.
+    ledger = stack.enter_context(Ledger.of(run, workdir, first, guard.skips))
+    batches = stack.enter_context(train_batches(run, first, guard.skips, ledger.fetched))
+    rows = dict(resume_step=first or None, again=evaluations.owed)
+    writers = stack.enter_context(metrics.Writers(workdir, config.writers, **rows, primary=primary))
+    progress = metrics.Progress(run.total_steps, first, *run.pace, quiet=not primary, watch=clock)
+    stack.enter_context(progress)
+    stack.enter_context(Watchdog(config.watchdog, progress, workdir, note, stop.ends))
+    throughout.enter_context(stop.heeded())
+    stack.enter_context(hosts.failure_told())  # Near the last, so that no peer is waited for before it knows.
+    stack.enter_context(guard)
     progress.say(overview.headline(run))
 
     key = jax.device_put(jax.random.fold_in(jax.random.key(config.seed), 1), sharding.replicated(run.mesh))
@@ -68,36 +94,43 @@ def train(config: TrainConfig, workdir: str) -> str:
     log_every = run.steps(config.log_every, "config.log_every")
     save_every = [run.steps(config.checkpoint_every, "config.checkpoint_every")]
     save_every += [run.keep().every] if config.keep.every is not None else []  # What is to be kept has to be saved.
-    status = "stopped early" if watch.tired else "finished"
+    kept = lambda: tuned.saved(run, state, watch.to_json() | evaluations.to_json() | guard.to_json())
+    if evaluations.owed:
+      watch = measure(first, state, evaluations, logger, watch)
+      writers.flush()
+      checkpoints.amend(first, kept()[1], watch.metric_at(first))
+    status = "stopped early" if watch.tired else "stopped" if evaluations.cut else "finished"
 
-    for step in range(first + 1, 1 + (first if watch.tired else run.total_steps)):
-      due = functools.partial(is_due, step, last=run.total_steps)
+    for step in range(first + 1, 1 + (run.total_steps if status == "finished" else first)):
+      due = functools.partial(run.due, step)
       with progress.pause("input"):
         batch = next(batches)
       with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
         state, measured = step_fn(state, batch, key)
+      with progress.pause("device"):
+        guard.seen(step, measured)
+      ledger.note(step)
       logger.step(step, measured if due(log_every) else None)
+      watch = measure(step, state, evaluations, logger, watch)
 
-      measurements = {}
-      for evaluation in evals:
-        if due(evaluation.every):
-          with progress.pause("eval"):
-            measurements |= evaluation.run(state)
-      if measurements:
-        logger.evals(step, measurements)
-        watch = watch.seen(step, measurements)
-
-      asked = interrupt.agreed()
+      asked = stop.look()
       if watch.tired:
         status = "stopped early"
       elif asked:
         status = "stopped"
       ending = status != "finished"
-      if any(map(due, save_every)) or watch.improved_at(step) or ending:
+      lasting = any(map(due, save_every)) or watch.improved_at(step) or ending or checkpoints.owed()
+      if temporary.due(step) or lasting:
         logger.flush()
-        refuse_broken(step, measured)
+        guard.settle()
+        ledger.flush()
+        writers.flush()
         with progress.pause("save"):
-          checkpoints.save(step, *tuned.saved(run, state, watch.to_json()), watch.metric_at(step))
+          if lasting:
+            checkpoints.save(step, *kept(), watch.metric_at(step), insist=ending or step == run.total_steps)
+          else:
+            temporary.save(step, *kept())
+        spent.note()
       if ending:
         break
 
@@ -106,17 +139,18 @@ def train(config: TrainConfig, workdir: str) -> str:
       checkpoints.wait()
     writers.flush()
     progress.close()
-    spent = dict(seconds=progress.breakdown(), steps_per_second=progress.steps_per_second())
+    facts = spent.facts(over=True) | stop.outcome() | dict(steps_per_second=progress.steps_per_second())
     if primary:
-      record.finish(workdir, status, step=int(state.step), best=watch.to_json(), **spent)
-  return status
+      record.finish(workdir, status, step=int(state.step), best=watch.to_json(), **facts)
+  temporary.clear()  # Not after an error: then it is what the next start goes on from.
+  return "rolled back" if guard.rolled_back else status
 
 
 def evaluate(config: TrainConfig, workdir: str, step: int | None = None) -> tuple[int, dict[str, Any]]:
   """Measures the last checkpoint in `workdir`, or that of `step`, by all of the config's evaluators, on any mesh."""
   run = build(config)
   with jax.set_mesh(run.mesh), Checkpoints(workdir, read_only=True) as checkpoints:
-    step = hosts.agreed(max(checkpoints.steps(), default=None)) if step is None else step
+    step = checkpoints.latest() if step is None else step
     if step is None:
       raise UserError(f"--workdir={workdir} has no checkpoint yet.")
     state, _ = tuned.restore(run, checkpoints, step)
@@ -128,8 +162,7 @@ def evaluate(config: TrainConfig, workdir: str, step: int | None = None) -> tupl
 
 def start(run: Experiment, checkpoints: Checkpoints) -> tuple[states.TrainState, Mapping[str, Any]]:
   """Returns the state to go on from, and what the loop remembered: the last checkpoint's, or a fresh one."""
-  # A network's file system may show one host less than another.
-  last = hosts.agreed(max(checkpoints.steps(), default=None))
+  last = checkpoints.latest()
   if last is not None:
     return tuned.restore(run, checkpoints, last)
   return tuned.first_state(run, jax.random.key(run.config.seed)), {}
@@ -138,23 +171,29 @@ def start(run: Experiment, checkpoints: Checkpoints) -> tuple[states.TrainState,
 def compile_step(run: Experiment):
   """Returns the step compiled for the run's shapes and layouts: one program, which takes no others."""
   with jax.set_mesh(run.mesh):
-    return lower_step(run).compile(compiler_options=profiles.compiler_options(run.mesh.devices.flat[0]))
+    compiled = lower_step(run).compile(compiler_options=profiles.compiler_options(run.mesh.devices.flat[0]))
+  return Step(compiled, step_takes(run))
 
 
 def lower_step(run: Experiment):
   """Returns what the compiler is given."""
+  with jax.set_mesh(run.mesh):
+    return make_step(run).lower(*step_takes(run).values())
+
+
+def step_takes(run: Experiment) -> dict[str, Any]:
+  """The arguments of the step by name: shapes with their layouts."""
   replicated = sharding.replicated(run.mesh)
   laid_out = lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
   state = jax.tree.map(laid_out, run.abstract, run.shardings)
   batch = {k: laid_out(v, sharding.batch_sharding(run.mesh)) for k, v in run.batch.items()}
   key = laid_out(jax.eval_shape(lambda: jax.random.key(0)), replicated)
-  with jax.set_mesh(run.mesh):
-    return make_step(run).lower(state, batch, key)
+  return {"state": state, "batch": batch, "key": key}
 
 
 def make_step(run: Experiment):
   """Returns `(state, batch, key) -> (state, metrics)`, under `jit`, the old state's memory given to the new."""
-  tx, optimizer = run.optimizer.tx, run.optimizer
+  tx, optimizer, keeping = run.optimizer.tx, run.optimizer, guards.keeping(run.config)
 
   def mean_and_grads(params, extras, batch, key, scale):
     """One division by the global weight, after everything is added up."""
@@ -180,7 +219,7 @@ def make_step(run: Experiment):
     rates = {f"learning_rate{name}": rate for name, rate in optimizer.rates(opt_state, state.step).items()}
     norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
     measured = means | rates | norms | optimizer.measures(opt_state)
-    return states.TrainState(state.step + 1, params, extras, opt_state), measured
+    return keeping(states.TrainState(state.step + 1, params, extras, opt_state), state, measured)
 
   return run.division.jit(step, donate_argnums=0, out_shardings=(run.shardings, None))
 
@@ -216,13 +255,19 @@ def accumulate(grad_fn, parts: int, skip: bool = False):
   return summed
 
 
-def is_due(step: int, every: int, *, last: int) -> bool:
-  """Whether something done `every` so many steps is done at `step`; at the last it always is."""
-  return step % every == 0 or step == last
+def measure(step: int, state: states.TrainState, evaluations: Evaluations, logger: Logger, watch: Watch) -> Watch:
+  """Returns the watch after what is measured at a step, which is written."""
+  measurements = evaluations.at(step, state, logger.pause)
+  if not measurements:
+    return watch
+  logger.evals(step, measurements)
+  return watch.seen(step, measurements)
 
 
-def train_batches(run: Experiment, first: int) -> pipeline.Ahead:
-  """Batches on the devices, from that of step `first` on."""
+def train_batches(
+  run: Experiment, first: int, skips: pipeline.Skips = (), fetched: Callable[..., None] | None = None
+) -> pipeline.Ahead:
+  """Batches on the devices, after those of the first steps; `skips` and `fetched` are those of the pipeline."""
   mine, parts = sharding.data_part(run.mesh)
   batches = pipeline.train_batches(
     run.data.source,
@@ -231,22 +276,12 @@ def train_batches(run: Experiment, first: int) -> pipeline.Ahead:
     preprocess=run.data.preprocess,
     start_step=first,
     growth=run.growth,
+    skips=skips,
+    fetched=fetched,
     host=mine,
     hosts=parts,
   )
   return pipeline.to_device(run.checked(batches), sharding.batch_sharding(run.mesh))
-
-
-def refuse_broken(step: int, measured: Mapping[str, Any]) -> None:
-  """Raises `FloatingPointError` where the loss or the update of a step is not finite: such a state is worth nothing."""
-  measured = jax.device_get(dict(measured))
-  loss, norm, update = (measured[k] for k in ("loss", "grad_norm", "update_norm"))
-  skipped = precision.refuse_overflow(step, measured)  # Then the state is that of the step before.
-  if not skipped and not (math.isfinite(loss) and math.isfinite(update)):
-    raise FloatingPointError(
-      f"The loss is {loss} at step {step} (norm of the gradient {norm}, of the update {update}). "
-      "Try a lower peak of config.schedule, a longer warmup, or config.clip; the last checkpoint is intact."
-    )
 
 
 class Logger:
@@ -255,6 +290,7 @@ class Logger:
   def __init__(self, writers: metrics.Writers, progress: metrics.Progress, speed: Callable[[Any], Mapping[str, float]]):
     self._writers, self._progress, self._pending = writers, progress, None
     self._speed = speed  # What there is to say of so many steps a second.
+    self._pace, self.pause = metrics.Pace(progress.watch), progress.pause
 
   def step(self, step: int, measured: Mapping[str, jax.Array] | None) -> None:
     self.flush()
@@ -267,48 +303,13 @@ class Logger:
     self._progress.note(step, measurements)
 
   def flush(self) -> None:
-    """Writes the metrics that are waiting; raises `FloatingPointError` as `refuse_broken` does."""
+    """Writes the metrics that are waiting."""
     if self._pending is None:
       return
     (step, measured), self._pending = self._pending, None
-    values = {k: float(v) for k, v in jax.device_get(measured).items()}
+    with self.pause("device"):
+      values = {k: float(v) for k, v in jax.device_get(measured).items()}
     values |= self._speed(self._progress.steps_per_second())
     self._writers.write(step, values)
+    self._writers.time(step, self._pace.since(step))
     self._progress.update(step, values)
-    refuse_broken(step, values)
-
-
-class Interrupt:
-  """SIGTERM and SIGINT asked for politely: the first is noticed between two steps, the second ends at once.
-
-  Several processes stop at the same step whichever of them is asked. JAX listens to SIGTERM then (the notice that a
-  machine is about to be taken away), and sets a step that none has passed.
-  """
-
-  def __init__(self):
-    self._asked, self._steps = False, 0
-    self._several = jax.process_count() > 1
-
-  def __enter__(self) -> Interrupt:
-    here = threading.current_thread() is threading.main_thread()  # Python gives signals to no other.
-    heard = [signal.SIGINT] if self._several else [signal.SIGTERM, signal.SIGINT]
-    self._before = {s: signal.signal(s, self._ask) for s in heard if here}
-    return self
-
-  def agreed(self) -> bool:
-    """Whether to stop now; to be called once after every step, by every process."""
-    if not self._several:
-      return self._asked
-    self._steps += 1  # Counted from the start of the loop: a notice that came before it stops the first step.
-    return multihost_utils.reached_preemption_sync_point(self._steps)
-
-  def _ask(self, number, frame):
-    del frame
-    self._asked = True
-    signal.signal(number, self._before[number])
-    if self._several:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  def __exit__(self, *_):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)

@@ -9,6 +9,7 @@ from bigjax import config as configs
 from bigjax import peers, record
 from bigjax.commands import train as train_command
 from bigjax.errors import UserError
+from bigjax.stops import Stops
 
 TIMINGS = ("seconds", "time", "examples_per_second", "steps_per_second")
 
@@ -32,13 +33,13 @@ def main(argv: list[str]) -> int:
     raise UserError(f"--workdir={args.workdir}: the code now reads this config.json differently; see bigjax diff.")
   if os.path.isdir(into) and os.listdir(into):
     raise UserError(f"--into={into} is there already; a repetition starts from nothing. Remove it or name another.")
-  with train_command.together(args, resolved, into):
+  with Stops(ends=True) as stop, train_command.together(args, resolved, into):
     import jax
 
     primary = jax.process_index() == 0
     for line in changes(before) if primary else ():
       print(f"note: {line}")
-    code = train_command.after(into, train.train(resolved, into))
+    code = train_command.after(into, train.train(resolved, into, stop))
     different = verdict(args.workdir, into) if primary else 0
     return code or different
 

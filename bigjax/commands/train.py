@@ -7,7 +7,8 @@ import os
 
 from bigjax import config as configs
 from bigjax import peers, record
-from bigjax.errors import UserError
+from bigjax.errors import STOPPED, UserError
+from bigjax.stops import Stops
 
 
 def main(argv: list[str]) -> int:
@@ -24,17 +25,21 @@ def main(argv: list[str]) -> int:
     metavar="DIR",
     help="compiled programs kept between runs; 'none' for none",
   )
+  parser.add_argument(
+    "--max_hours", type=float, metavar="H", help="saves and leaves with 75 after so long, as when it is asked to stop"
+  )
   peers.add_flags(parser)
   args, overrides = parser.parse_known_args(argv)
   config = configs.read(args.config, overrides)
 
   use_cache(args.compile_cache)
-  from bigjax import experiment, train
+  with Stops(hours=args.max_hours, ends=True) as stop:
+    from bigjax import experiment, train
 
-  resolved = configs.resolve(config, experiment.TrainConfig)
-  with together(args, resolved, args.workdir):
-    status = train.train(resolved, args.workdir)
-    return after(args.workdir, status)
+    resolved = configs.resolve(config, experiment.TrainConfig)
+    with together(args, resolved, args.workdir):
+      status = train.train(resolved, args.workdir, stop)
+      return after(args.workdir, status)
 
 
 def together(args, resolved, workdir: str):
@@ -54,12 +59,12 @@ def after(workdir: str, status: str) -> int:
   """Writes the report, tells the person what came out, and returns the exit code."""
   import jax
 
-  from bigjax import metrics, report, train
+  from bigjax import metrics, report
 
   if jax.process_index() == 0:
     report.write_report(workdir)
     print(metrics.summary(workdir))
-  return train.STOPPED if status == "stopped" else 0
+  return STOPPED if status == "stopped" else 0
 
 
 def default_cache() -> str:

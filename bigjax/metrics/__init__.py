@@ -11,10 +11,13 @@ from bigjax.metrics.reading import (
   read_rows,
   summary,
 )
+from bigjax.metrics.stopwatch import Pace, Stopwatch
 from bigjax.metrics.writers import Writers
 
 __all__ = [
+  "Pace",
   "Progress",
+  "Stopwatch",
   "Writers",
   "best_and_last",
   "direction",

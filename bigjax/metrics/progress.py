@@ -2,8 +2,7 @@
 
   step 300/1,000 30%  loss 0.123  accuracy 0.97  5,120 examples/s  12.3 ms/step  ETA 0:32  | val/accuracy 0.985 at 250
 
-The same clock tells where the time went. It runs in one bucket at a time (start, train, input, eval, save, ...), so the
-buckets add up to the time that passed, and the speed counts only what belongs to training.
+It reads the run's stopwatch; the speed counts only what belongs to training.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ import contextlib
 import io
 import os
 import sys
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bigjax.metrics.reading import direction, format_rate, format_seconds, format_value, is_per_class, is_timing
+from bigjax.metrics.stopwatch import TRAINING, Stopwatch
 
 
 class Progress:
-  """The progress line of a run, and its stopwatch.
+  """The progress line of a run.
 
   On a terminal the line is redrawn in place; elsewhere a line is printed every ten seconds and at each `note`.
   The time until the first `update` is "start" (building, compiling), and counts in no speed. A stream that breaks, such
@@ -33,8 +32,8 @@ class Progress:
     batch_size: how many `unit`s a step takes.
     unit: what the speed is told in: examples, tokens.
     stream: where the line goes; the standard error stream if None.
-    clock: gives seconds; `time.perf_counter` unless a test has its own.
-    quiet: keeps the stopwatch but prints nothing, as hosts other than the first do.
+    watch: the run's stopwatch; a new one if None.
+    quiet: turns the stopwatch but prints nothing, as hosts other than the first do.
   """
 
   def __init__(
@@ -44,32 +43,30 @@ class Progress:
     batch_size: int = 1,
     unit: str = "examples",
     stream: io.TextIOBase | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    watch: Stopwatch | None = None,
     quiet: bool = False,
   ):
     self.total_steps, self.step, self.batch_size, self.unit = total_steps, start_step, batch_size, unit
     self._stream = None if quiet else stream or sys.stderr
     self._in_place = self._stream is not None and self._stream.isatty()
-    self._clock, self._metrics, self._note = clock, {}, []
-    self._bucket, self._since = "start", clock()
-    self._seconds = dict.fromkeys(("start", "train", "input", "eval", "save"), 0.0)
+    self.watch, self._metrics, self._note = watch or Stopwatch(), {}, []
     # (step, seconds of training) at the first update, and at redraws within the last `_WINDOW` seconds of training.
     self._first: tuple[int, float] | None = None
     self._marks: deque[tuple[int, float]] = deque()
     self._drawn = (start_step, [])
-    self._next_draw = self._since + (0 if self._in_place else _PLAIN_INTERVAL)
-    self._draw(self._since)
+    self._next_draw = self.watch.clock() + (0 if self._in_place else _PLAIN_INTERVAL)
+    self._draw(self.watch.clock())
 
   def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
     """Tells that `step` steps are done, and the newest metrics if there are any; prints when it is time to."""
     self.step = max(self.step, step)  # metrics may be those of the step before
     if metrics:
       self._metrics = metrics
-    now = self._clock()
     if self._first is None:
-      self._switch("train", now)
-      self._first = step, self._trained(now)
+      self.watch.switch("host")
+      self._first = step, self._trained()
       self._marks.append(self._first)
+    now = self.watch.clock()
     if now >= self._next_draw or (step >= self.total_steps and self._in_place):
       self._draw(now)
 
@@ -82,47 +79,39 @@ class Progress:
     self._note = [
       f"| {_pairs({name: shown[name] for name in names[:n]})} at {step:,}" for n in range(len(names), 0, -1)
     ]
-    self._draw(self._clock())
+    self._draw(self.watch.clock())
 
   def say(self, text: str) -> None:
     """Prints `text` on a line of its own without breaking the progress line."""
     self._print(f"\r\x1b[K{text}\n" if self._in_place else f"{text}\n")
     if self._in_place:
-      self._draw(self._clock())
+      self._draw(self.watch.clock())
 
   @contextlib.contextmanager
   def pause(self, name: str) -> Iterator[None]:
-    """Time inside goes to `name`: "eval", "save", ..., which count in no speed, or "input", which does."""
-    before = self._bucket
-    self._switch(name, self._clock())
-    if self._in_place and name not in _TRAINING:
-      self._draw(self._since)
-    try:
+    """Time inside goes to `name`: "eval", "save", ..., which count in no speed, or "input" or "device", which do."""
+    shown = name not in TRAINING
+    with self.watch.within(name):
+      if self._in_place and shown:
+        self._draw(self.watch.since)
       yield
-    finally:
-      self._switch(before, self._clock())
-      # What was found meanwhile is about to come: a line before it would be out of date at once.
-      if name not in _TRAINING and not self._in_place:
-        self._next_draw = max(self._next_draw, self._since + 1.0)
-
-  def breakdown(self) -> dict[str, float]:
-    """Seconds by what they were spent on; they add up to the time since the start."""
-    seconds = dict(self._seconds)
-    seconds[self._bucket] = seconds.get(self._bucket, 0.0) + self._clock() - self._since
-    return seconds
+    # What was found meanwhile is about to come: a line before it would be out of date at once.
+    if shown and not self._in_place:
+      self._next_draw = max(self._next_draw, self.watch.since + 1.0)
 
   def steps_per_second(self) -> float | None:
     """Over the whole run, pauses and the first step (the compilation) left out; None before the second step."""
-    return self._rate(self._first, self._clock())
+    return self._rate(self._first)
 
   def close(self) -> None:
     """Prints the line a last time, leaves it standing, and stops the watch."""
-    now = self._clock()
+    now = self.watch.clock()
     if self._in_place or self._drawn != (self.step, self._note):
       self._draw(now)
     if self._in_place:
       self._print("\n")
-    self._stream, self._clock = None, lambda: now
+    self._stream = None
+    self.watch.stop()
 
   def __enter__(self) -> Progress:
     return self
@@ -130,18 +119,13 @@ class Progress:
   def __exit__(self, *exc_info) -> None:
     self.close()
 
-  def _switch(self, bucket: str, now: float) -> None:
-    self._seconds[self._bucket] = self._seconds.get(self._bucket, 0.0) + now - self._since
-    self._bucket, self._since = bucket, now
+  def _trained(self) -> float:
+    return self.watch.seconds(*TRAINING)
 
-  def _trained(self, now: float) -> float:
-    running = now - self._since if self._bucket in _TRAINING else 0.0
-    return running + sum(self._seconds.get(name, 0.0) for name in _TRAINING)
-
-  def _rate(self, mark: tuple[int, float] | None, now: float) -> float | None:
+  def _rate(self, mark: tuple[int, float] | None) -> float | None:
     if mark is None or self.step <= mark[0]:
       return None
-    seconds = self._trained(now) - mark[1]
+    seconds = self._trained() - mark[1]
     return (self.step - mark[0]) / seconds if seconds > 0 else None
 
   def _speed(self, rate: float) -> tuple[str, str]:
@@ -155,30 +139,30 @@ class Progress:
     self._drawn = (self.step, self._note)
     if self._in_place:
       self._next_draw = now + _REDRAW_INTERVAL
-      self._print(f"\r{self._line(now, _width(self._stream))}\x1b[K")
+      self._print(f"\r{self._line(_width(self._stream))}\x1b[K")
     elif self._first is not None:
       self._next_draw = now + _PLAIN_INTERVAL
-      self._print(self._line(now, _PLAIN_WIDTH) + "\n")
+      self._print(self._line(_PLAIN_WIDTH) + "\n")
 
-  def _line(self, now: float, width: int) -> str:
+  def _line(self, width: int) -> str:
     """The line in at most `width` characters: metrics give way first, but one, then the note."""
     total = f"{self.total_steps:,}"
     done = 100 * self.step // self.total_steps if self.total_steps else 100
     head = f"step {self.step:>{len(total)},}/{total} {done:3d}%"
     tail = []
     if self._first is None:
-      tail.append("starting: the first step compiles" if self._bucket == "start" else f"[{self._bucket}]")
+      tail.append("starting: the first step compiles" if self.watch.bucket in _STARTING else f"[{self.watch.bucket}]")
     else:
-      while len(self._marks) > 1 and self._trained(now) - self._marks[0][1] > _WINDOW:
+      while len(self._marks) > 1 and self._trained() - self._marks[0][1] > _WINDOW:
         self._marks.popleft()
-      if rate := self._rate(self._marks[0], now) or self._rate(self._first, now):
+      if rate := self._rate(self._marks[0]) or self._rate(self._first):
         tail += self._speed(rate)
         if self.step < self.total_steps:
-          tail.append(f"ETA {format_seconds(self._remaining(now))}")
+          tail.append(f"ETA {format_seconds(self._remaining())}")
       if self._marks[-1][0] < self.step:
-        self._marks.append((self.step, self._trained(now)))
-      if self._bucket not in _TRAINING:
-        tail.append(f"[{self._bucket}]")
+        self._marks.append((self.step, self._trained()))
+      if self.watch.bucket not in TRAINING:
+        tail.append(f"[{self.watch.bucket}]")
     shown = {name: v for name, v in self._metrics.items() if not (is_timing(name) or isinstance(v, list))}
     names = sorted((name for name in shown if not is_per_class(name)), key=_rank)
     line = ""
@@ -190,11 +174,11 @@ class Progress:
           return line
     return line[:width]
 
-  def _remaining(self, now: float) -> float:
+  def _remaining(self) -> float:
     """Seconds left, if the rest goes like the run so far, its pauses included but not its start."""
     first_step, trained = self._first
-    paused = sum(s for name, s in self._seconds.items() if name != "start" and name not in _TRAINING)
-    return (self.total_steps - self.step) * (self._trained(now) - trained + paused) / (self.step - first_step)
+    spent = self.watch.seconds() - self.watch.seconds(*_STARTING) - trained
+    return (self.total_steps - self.step) * spent / (self.step - first_step)
 
   def _print(self, text: str) -> None:
     if self._stream is None:
@@ -206,7 +190,7 @@ class Progress:
       self._stream = None
 
 
-_TRAINING = ("train", "input")  # a stalled input is slow training
+_STARTING = ("start", "compile", "restore")
 _REDRAW_INTERVAL = 0.2
 _PLAIN_INTERVAL = 10.0
 _PLAIN_WIDTH = 160

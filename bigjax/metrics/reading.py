@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bigjax.metrics.stopwatch import COMPUTING, TRAINING
+
 EVENTS = "events.out.tfevents.*"  # What TensorBoard looks for in a folder.
 
 
@@ -129,7 +131,7 @@ def speed(run: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, float]
   rate = run.get("steps_per_second")
   if rate is None and len(run.get("starts", [])) <= 1:
     seconds = run.get("seconds") or {}
-    training = sum(seconds.get(name) or 0.0 for name in ("train", "input"))
+    training = sum(seconds.get(name) or 0.0 for name in ("train", *TRAINING))
     rate = (run.get("step") or 0) / training if training else None
   if not rate:
     return {}
@@ -169,6 +171,8 @@ def summary(workdir: str | os.PathLike) -> str:
 
   seconds = {name: s for name, s in (run.get("seconds") or {}).items() if s >= 0.5}
   facts = [("time", "  ".join(f"{name} {format_seconds(s)}" for name, s in seconds.items()))] if seconds else []
+  if "goodput" in run:
+    facts.append(("goodput", _goodput(run["goodput"], run["seconds"])))
   if outcome := claim_outcome(config.get("claim"), table):
     facts.append(("claim", outcome[1]))
   files = ("report", "report.html"), ("curves", "curves.png"), ("metrics", "metrics.jsonl"), ("", "metrics.csv")
@@ -185,6 +189,13 @@ def summary(workdir: str | os.PathLike) -> str:
   following.append(f"bigjax eval --workdir={workdir}")
   parts += _labelled([("look next" if i == 0 else "", text) for i, text in enumerate(following)])
   return "\n".join(parts)
+
+
+def _goodput(share: float, seconds: Mapping[str, float]) -> str:
+  """How much of the time steps were computed, and what took most of the rest."""
+  total = sum(seconds.values())
+  rest = sorted(((s / total, name) for name, s in seconds.items() if name not in COMPUTING), reverse=True)
+  return f"{share:.1%}; " + "  ".join(f"{name} {part:.1%}" for part, name in rest if part >= 0.001)
 
 
 def read_json(path: Path) -> Any:

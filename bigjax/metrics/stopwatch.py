@@ -16,6 +16,23 @@ TRAINING = ("host", "input", "device")  # A stalled input is slow training.
 COMPUTING = ("device", "host", "train")  # Older runs have these two in one.
 
 
+class Pace:
+  """What a step took lately, part by part; for rows of timings."""
+
+  def __init__(self, watch: Stopwatch):
+    self._watch, self._step, self._before = watch, None, {}
+
+  def since(self, step: int) -> dict[str, float]:
+    """Returns seconds a step since the last call, by part of a step, and the start's goodput; {} at the first."""
+    now = self._watch.breakdown()
+    steps, before = step - (step if self._step is None else self._step), self._before
+    self._step, self._before = step, now
+    if steps < 1:
+      return {}
+    found = {f"{name}_seconds": (now[name] - before[name]) / steps for name in TRAINING}
+    return found | {"goodput": goodput(now)}
+
+
 class Stopwatch:
   """Seconds by what they were spent on.
 

@@ -4,6 +4,8 @@ A row is a step and named numbers. `metrics.jsonl` is the record: one JSON objec
 function of the run alone, so that a run which was stopped and resumed leaves the same rows as one which was not.
 `metrics.csv` is the same for spreadsheets, TensorBoard's event files the same for TensorBoard.
 
+What tells of the machine and not of the run, such as the time of a step, goes to `timings.jsonl` and TensorBoard only.
+
 A number that is not finite is `null` in `metrics.jsonl` (JSON has no NaN; pandas reads NaN), and `nan`, `inf` or `-inf`
 in `metrics.csv`, which every CSV reader knows. A value may be a nested list, such as a confusion matrix: only
 `metrics.jsonl` takes it.
@@ -21,7 +23,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsInt
 
@@ -41,6 +43,7 @@ class Writers:
     resume_step: the step the run goes on from. Rows after it are dropped, and a last line that a crash cut short is
       mended, before anything is written; the files change as a whole or not at all. None starts anew: an earlier
       `metrics.jsonl` or `metrics.csv` is kept beside the new one as `metrics.previous.*`.
+    again: evaluations that are made again at `resume_step`: their rows of that step are dropped too.
     primary: False on all hosts but one; nothing is written there.
 
   Raises:
@@ -54,15 +57,20 @@ class Writers:
     kinds: Sequence[str] = ("jsonl", "csv", "tensorboard"),
     resume_step: int | None = None,
     primary: bool = True,
+    again: Sequence[str] = (),
   ):
-    self._writers: list = []
+    self._writers: dict[str, Any] = {}
     if unknown := [kind for kind in kinds if kind not in KINDS]:
       raise UserError(f"metrics: no writer is called {unknown[0]!r}.{suggest(unknown[0], KINDS)}")
     if not primary:
       return
+    measured = tuple(f"{name}/" for name in again)
+    stays = lambda step, names: (
+      step < resume_step or (step == resume_step and not any(name.startswith(measured) for name in names))
+    )
     makers = {
-      "jsonl": lambda: _Jsonl(workdir / "metrics.jsonl", resume_step),
-      "csv": lambda: _Csv(workdir / "metrics.csv", resume_step),
+      "jsonl": lambda: _Jsonl(workdir / "metrics.jsonl", resume_step, stays),
+      "csv": lambda: _Csv(workdir / "metrics.csv", resume_step, stays),
       "tensorboard": lambda: _TensorBoard(workdir, resume_step),
       "console": _Console,
     }
@@ -70,7 +78,9 @@ class Writers:
     try:
       workdir.mkdir(parents=True, exist_ok=True)
       for kind in dict.fromkeys(kinds):
-        self._writers.append(makers[kind]())
+        self._writers[kind] = makers[kind]()
+      if "jsonl" in kinds:  # Rows of a start that was killed stay: its steps did take that time.
+        self._writers["timings"] = _Jsonl(workdir / "timings.jsonl", resume_step, lambda step, names: True)
     except OSError as error:
       self.close()
       raise UserError(
@@ -85,20 +95,30 @@ class Writers:
     if "step" in values:
       raise ValueError("A metric cannot be called 'step': that is the row's own column.")
     values = {str(name): _plain(str(name), value) for name, value in values.items()}
-    for writer in self._writers:
-      writer.write(int(step), values)
+    for name, writer in self._writers.items():
+      if name != "timings":
+        writer.write(int(step), values)
+
+  def time(self, step: SupportsInt, values: Mapping[str, float]) -> None:
+    """Adds a row of timings; in TensorBoard they are under `time/`."""
+    if not values:
+      return
+    if "timings" in self._writers:
+      self._writers["timings"].write(int(step), values)
+    if "tensorboard" in self._writers:
+      self._writers["tensorboard"].write(int(step), {f"time/{name}": value for name, value in values.items()})
 
   def flush(self) -> None:
     """Asks that what was written reaches the disk. TensorBoard's thread does its part without being waited for."""
-    for writer in self._writers:
+    for writer in self._writers.values():
       writer.flush()
 
   def close(self) -> None:
     """Writes out what is left, closes every file, and raises the first error any of it met."""
     with contextlib.ExitStack() as stack:
-      for writer in reversed(self._writers):
+      for writer in reversed(self._writers.values()):
         stack.callback(writer.close)
-      self._writers = []
+      self._writers = {}
 
   def __enter__(self) -> Writers:
     return self
@@ -133,11 +153,11 @@ def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
 class _Jsonl:
   """One JSON object a line: `{"step": 100, "loss": 0.25}`."""
 
-  def __init__(self, path: Path, resume_step: int | None):
+  def __init__(self, path: Path, resume_step: int | None, stays: Callable[[int, Iterable[str]], bool]):
     if resume_step is None:
       _set_aside(path)
     elif path.exists():
-      kept = [line for row, line in parsed_lines(path) if row["step"] <= resume_step]
+      kept = [line for row, line in parsed_lines(path) if stays(row["step"], row)]
       _replace(path, b"".join(kept))
     self._file = _Appended(path)
 
@@ -159,7 +179,7 @@ class _Csv:
   longer header, at once or not at all, so that what lies on the disk is a well-formed table at any time.
   """
 
-  def __init__(self, path: Path, resume_step: int | None):
+  def __init__(self, path: Path, resume_step: int | None, stays: Callable[[int, Iterable[str]], bool]):
     self._path = path
     self._columns = ["step"]
     if resume_step is None:
@@ -167,7 +187,8 @@ class _Csv:
     elif path.exists():
       header, *rows = self._read() or [self._columns]
       self._columns = header
-      _replace(path, _csv_text([header, *(row for row in rows if int(row[0]) <= resume_step)]))
+      named = lambda row: [name for name, cell in zip(header, row, strict=True) if cell]
+      _replace(path, _csv_text([header, *(row for row in rows if stays(int(row[0]), named(row)))]))
     self._file = _Appended(path)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:

@@ -112,7 +112,7 @@ def _tiles(run: Run) -> Markup | None:
   if steps is not None:
     add(f"{steps:,}", f"of {total:,} steps" if total else "steps")
   if seconds := run.facts.get("seconds"):
-    add(format_seconds(sum(seconds.values())), "wall time" if len(run.facts.get("starts", [])) <= 1 else "last start")
+    add(format_seconds(sum(seconds.values())), "wall time")
   measured = speed(run.facts, run.config)
   if "examples_per_second" in measured:
     per_step = f"examples/s at {format_rate(measured['milliseconds_per_step'])} ms a step"
@@ -191,8 +191,18 @@ def _time(run: Run) -> Markup | None:
   total = sum(seconds.values())
   if not total:
     return None
-  names = {"start": "start and compilation", "train": "training steps", "input": "waiting for input", "save": "saving"}
-  names["eval"] = "evaluation"
+  names = {
+    "start": "start",
+    "compile": "compilation",
+    "restore": "making or restoring the state",
+    "device": "training steps on the devices",
+    "host": "training steps on the host",
+    "train": "training steps",
+    "input": "waiting for input",
+    "eval": "evaluation",
+    "save": "saving",
+    "lost": "lost: steps of a start that was killed",
+  }
   # The order of the colours is that of the names, so that two reports of different runs look alike.
   order = sorted(seconds, key=lambda name: list(_TIME_COLOURS).index(name) if name in _TIME_COLOURS else 9)
   parts, lines = [], []
@@ -203,13 +213,19 @@ def _time(run: Run) -> Markup | None:
     amount = format_seconds(seconds[name]) if total >= 120 else f"{seconds[name]:.1f} s"
     cells = [element("td", amount, cls="num"), element("td", f"{share:.1%}", cls="num soft")]
     lines.append(element("tr", element("td", dot, names.get(name, name)), cells))
-  lead = "Of the last start only: the run was resumed." if len(run.facts.get("starts", [])) > 1 else None
+  starts = len(run.facts.get("starts", []))
+  noted = "goodput" in run.facts  # Older runs have the seconds of their last start only.
+  lead = f"Goodput {run.facts['goodput']:.1%}: the part in which steps were computed." if noted else None
+  if starts > 1:
+    lead = f"{lead} Of all {starts} starts." if noted else "Of the last start only: the run was resumed."
   table = element("table", element("tbody", lines), cls="wide")
   return _section("Where the time went", element("div", parts, cls="bar"), table, lead=lead)
 
 
 _TIME_COLOURS = {
   "train": "var(--series-0)",
+  "device": "var(--series-0)",
+  "host": "var(--series-3)",
   "eval": "var(--series-2)",
   "save": "var(--series-4)",
   "input": "var(--series-1)",

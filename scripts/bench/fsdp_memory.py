@@ -74,7 +74,7 @@ def main() -> int:
     run = built(args, n)
     state = share(run, run.abstract, run.shardings)
     gradients = share(run, run.abstract.params, run.shardings.params)
-    found = train.compile_step(run).memory_analysis()
+    found = train.compile_step(run).compiled.memory_analysis()
     measured = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     measured += found.temp_size_in_bytes
     whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(run.abstract))

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from bigjax.metrics import Progress
+from bigjax.metrics import Pace, Progress, Stopwatch
 
 
 class Clock:
@@ -41,7 +41,7 @@ def train(progress, clock, steps, seconds, metrics=None):
 
 def test_the_line_tells_where_how_well_how_fast_and_how_long_still(clock):
   screen = Terminal()
-  progress = Progress(1000, batch_size=64, stream=screen, clock=clock)
+  progress = Progress(1000, batch_size=64, stream=screen, watch=Stopwatch(clock))
   clock.now += 8  # compilation
   progress.update(1)
   train(progress, clock, range(2, 301), 0.0125, {"loss": 0.25, "accuracy": 0.97, "examples_per_second": 1.0})
@@ -57,7 +57,7 @@ def test_the_line_tells_where_how_well_how_fast_and_how_long_still(clock):
 
 
 def test_speed_leaves_out_the_first_step_and_pauses_but_not_a_stalled_input(clock):
-  progress = Progress(1000, batch_size=10, clock=clock, quiet=True)
+  progress = Progress(1000, batch_size=10, watch=Stopwatch(clock), quiet=True)
   clock.now += 60
   progress.update(1)
   for step in range(2, 12):
@@ -70,11 +70,13 @@ def test_speed_leaves_out_the_first_step_and_pauses_but_not_a_stalled_input(cloc
       with progress.pause("save"):
         clock.now += 2
   assert progress.steps_per_second() == pytest.approx(2.5)
-  assert progress.breakdown() == pytest.approx({"start": 60, "train": 3, "input": 1, "eval": 50, "save": 20})
+  assert progress.watch.breakdown() == pytest.approx(
+    {"start": 60, "host": 3, "input": 1, "device": 0, "eval": 50, "save": 20}
+  )
 
 
 def test_the_breakdown_adds_up_to_the_time_that_passed_also_when_a_pause_ends_in_an_error(clock):
-  progress = Progress(10, clock=clock, quiet=True)
+  progress = Progress(10, watch=Stopwatch(clock), quiet=True)
   with progress.pause("restore"):
     clock.now += 3
   clock.now += 1
@@ -86,12 +88,20 @@ def test_the_breakdown_adds_up_to_the_time_that_passed_also_when_a_pause_ends_in
   clock.now += 8
   progress.close()
   clock.now += 100
-  assert progress.breakdown() == {"start": 1, "train": 10, "input": 0, "eval": 4, "save": 0, "restore": 3}
+  assert progress.watch.breakdown() == {
+    "start": 1,
+    "host": 10,
+    "input": 0,
+    "device": 0,
+    "eval": 4,
+    "save": 0,
+    "restore": 3,
+  }
 
 
 def test_a_resumed_run_counts_only_its_own_steps_in_its_speed(clock):
   screen = Terminal()
-  progress = Progress(1000, 900, batch_size=2, stream=screen, clock=clock)
+  progress = Progress(1000, 900, batch_size=2, stream=screen, watch=Stopwatch(clock))
   clock.now += 5
   progress.update(901)
   train(progress, clock, range(902, 911), 0.5)
@@ -100,7 +110,7 @@ def test_a_resumed_run_counts_only_its_own_steps_in_its_speed(clock):
 
 def test_off_a_terminal_lines_are_few_and_whole(clock):
   log = io.StringIO()
-  progress = Progress(4500, batch_size=8, unit="tokens", stream=log, clock=clock)
+  progress = Progress(4500, batch_size=8, unit="tokens", stream=log, watch=Stopwatch(clock))
   train(progress, clock, range(1, 4501), 0.01, {"loss": 2.0})
   progress.note(4500, {"val/loss": 1.5})
   progress.close()
@@ -113,7 +123,7 @@ def test_off_a_terminal_lines_are_few_and_whole(clock):
 
 def test_on_a_terminal_the_line_is_redrawn_at_most_five_times_a_second(clock):
   screen = Terminal()
-  progress = Progress(10_000, stream=screen, clock=clock)
+  progress = Progress(10_000, stream=screen, watch=Stopwatch(clock))
   train(progress, clock, range(1, 5001), 0.001)
   assert 20 <= screen.getvalue().count("\r") <= 30
   assert "\n" not in screen.getvalue()
@@ -123,7 +133,7 @@ def test_on_a_terminal_the_line_is_redrawn_at_most_five_times_a_second(clock):
 
 def test_a_long_line_gives_up_metrics_first_and_the_speed_never(clock):
   screen = Terminal()
-  progress = Progress(1000, stream=screen, clock=clock)
+  progress = Progress(1000, stream=screen, watch=Stopwatch(clock))
   metrics = {f"a_metric_with_a_long_name_{i}": 0.5 for i in range(9)} | {"loss": 0.25}
   train(progress, clock, range(1, 101), 0.1, metrics)
   progress.note(100, {"test/accuracy": 0.5})
@@ -133,7 +143,7 @@ def test_a_long_line_gives_up_metrics_first_and_the_speed_never(clock):
 
 def test_while_it_starts_and_pauses_the_terminal_says_so(clock):
   screen = Terminal()
-  progress = Progress(10, stream=screen, clock=clock)
+  progress = Progress(10, stream=screen, watch=Stopwatch(clock))
   assert screen.screen == "step  0/10   0%  starting: the first step compiles"
   progress.update(1)
   with progress.pause("eval"):
@@ -142,14 +152,14 @@ def test_while_it_starts_and_pauses_the_terminal_says_so(clock):
 
 def test_a_message_does_not_break_the_line(clock):
   screen = Terminal()
-  progress = Progress(10, stream=screen, clock=clock)
+  progress = Progress(10, stream=screen, watch=Stopwatch(clock))
   progress.say("saved")
   assert "\r\x1b[Ksaved\n\rstep" in screen.getvalue()
 
 
 def test_a_loss_that_is_not_a_number_is_shown_as_such(clock):
   screen = Terminal()
-  progress = Progress(10, stream=screen, clock=clock)
+  progress = Progress(10, stream=screen, watch=Stopwatch(clock))
   progress.update(1, {"loss": math.nan, "grad_norm": math.inf})
   progress.note(1, {"test/loss": math.nan})
   assert "loss nan  grad_norm inf" in screen.screen and "test/loss nan" in screen.screen
@@ -157,11 +167,11 @@ def test_a_loss_that_is_not_a_number_is_shown_as_such(clock):
 
 def test_a_terminal_that_goes_away_does_not_end_the_run(clock):
   screen = Terminal()
-  progress = Progress(10, stream=screen, clock=clock)
+  progress = Progress(10, stream=screen, watch=Stopwatch(clock))
   screen.close()
   train(progress, clock, range(1, 11), 1.0)
   progress.close()
-  assert progress.breakdown()["train"] == 9.0
+  assert progress.watch.breakdown()["host"] == 9.0
 
 
 def test_an_update_that_prints_nothing_costs_less_than_20_microseconds():
@@ -176,3 +186,18 @@ def test_an_update_that_prints_nothing_costs_less_than_20_microseconds():
     return (time.perf_counter() - start) / 1000
 
   assert min(once() for _ in range(5)) < 20e-6
+
+
+def test_what_a_step_took_lately_is_told_part_by_part(clock):
+  watch = Stopwatch(clock)
+  pace = Pace(watch)
+  clock.now += 6
+  assert pace.since(0) == {}
+  for _ in range(4):
+    for name, seconds in [("input", 0.1), ("host", 0.2), ("device", 0.7), ("eval", 0.5)]:
+      watch.switch(name)
+      clock.now += seconds
+  assert pace.since(4) == pytest.approx(
+    {"input_seconds": 0.1, "host_seconds": 0.2, "device_seconds": 0.7, "goodput": 4 * 0.9 / 12}
+  )
+  assert pace.since(4) == {}

@@ -117,6 +117,30 @@ def test_a_resumed_run_leaves_the_rows_of_an_undisturbed_one(tmp_path, torn):
     assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_kill_at_any_byte_of_the_last_line_changes_nothing(tmp_path):
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  write_run(whole, range(1, 7))
+  write_run(parts, range(1, 6))
+  names = ("metrics.jsonl", "metrics.csv")
+  at_kill = {name: (parts / name).read_bytes() for name in names}
+  last = {name: len(content.splitlines(keepends=True)[-1]) for name, content in at_kill.items()}
+  for cut in range(max(last.values()) + 1):
+    for name, content in at_kill.items():
+      (parts / name).write_bytes(content[: len(content) - min(cut, last[name])])
+    write_run(parts, range(5, 7), resume_step=4)
+    assert all((parts / name).read_bytes() == (whole / name).read_bytes() for name in names), cut
+
+
+def test_an_evaluation_that_is_made_again_leaves_its_rows_once(tmp_path):
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  write_run(whole, range(1, 7))
+  write_run(parts, range(1, 6))
+  with Writers(parts, TEXT, resume_step=4, again=("test", "other")) as writers:
+    writers.write(4, {"test/loss": 2 / 4, "test/confusion_matrix": [[4, 0], [1, 2]]})
+  write_run(parts, range(5, 7), resume_step=4)
+  assert all((parts / name).read_bytes() == (whole / name).read_bytes() for name in ("metrics.jsonl", "metrics.csv"))
+
+
 def test_a_row_cut_in_the_middle_is_dropped_even_if_it_would_parse(tmp_path):
   write_run(tmp_path, [1])
   path = tmp_path / "metrics.csv"
@@ -229,3 +253,18 @@ def test_a_run_that_writes_nothing_starts_no_thread(tmp_path):
   before = threading.active_count()
   with Writers(tmp_path):
     assert threading.active_count() == before
+
+
+def test_timings_go_to_a_file_of_their_own(tmp_path):
+  with Writers(tmp_path, TEXT) as writers:
+    writers.write(1, {"loss": 0.5})
+    writers.time(1, {})
+    writers.write(2, {"loss": 0.25})
+    writers.time(2, {"device_seconds": 0.125})
+  with open(tmp_path / "timings.jsonl", "a") as file:
+    file.write('{"step": 3, "dev')  # Killed here.
+  with Writers(tmp_path, TEXT, resume_step=1) as writers:
+    writers.time(2, {"device_seconds": 0.25})
+  timings = [json.loads(line) for line in lines(tmp_path / "timings.jsonl")]
+  assert timings == [{"step": 2, "device_seconds": 0.125}, {"step": 2, "device_seconds": 0.25}]
+  assert [json.loads(line) for line in lines(tmp_path / "metrics.jsonl")] == [{"step": 1, "loss": 0.5}]

@@ -1,0 +1,278 @@
+"""A run that is asked to stop saves itself and goes on to the same result, wherever it is; asked twice, it leaves."""
+
+import contextlib
+import copy
+import http.server
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from bigjax import config as configs
+from bigjax import experiment, peers, record, train
+from bigjax.stops import Stops
+
+ROOT = pathlib.Path(__file__).parents[1]
+IMAGES = dict(name="synthetic", kind="images", shape=(4, 4, 1), num_classes=3)
+TINY = dict(
+  total_steps=12,
+  batch_size=16,
+  data=dict(source=IMAGES | dict(num_examples=40), preprocess="random_shift(1)"),
+  model=dict(name="mlp", in_features=16, widths=(8,), num_outputs=3, dropout=0.2),
+  task=dict(name="classification"),
+  optimizer=dict(name="adamw", weight_decay=0.0),
+  schedule=dict(name="cosine", peak=1e-2, warmup="10%"),
+  ema=0.9,
+  log_every=1,
+  checkpoint_every=5,
+  keep=dict(best="val/loss", mode="min"),
+  writers=("jsonl", "csv"),
+  evals=dict(
+    val=dict(
+      evaluator=dict(name="classification", num_classes=3),
+      data=dict(source=IMAGES | dict(num_examples=21)),
+      every=4,
+      batch_size=8,
+    )
+  ),
+)
+LOOKS = 12 + 3 * 2 * 3  # Steps, and three evaluations of two views in three batches.
+
+
+class AsksAt(Stops):
+  """Asked at the `at`-th look."""
+
+  def __init__(self, at):
+    super().__init__()
+    self.count, self.at = 0, at
+
+  def look(self):
+    self.count += 1
+    if self.count == self.at:
+      self.ask("the test")
+    return super().look()
+
+
+def tiny(**changes):
+  return configs.resolve(copy.deepcopy(TINY) | changes, experiment.TrainConfig)
+
+
+def rows(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def kept(workdir):
+  """Every checkpoint, whole."""
+  with train.Checkpoints(str(workdir), read_only=True) as checkpoints:
+    return {step: checkpoints.read(step) for step in checkpoints.steps()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("whole")
+  stop = AsksAt(0)
+  assert train.train(tiny(), str(workdir), stop) == "finished"
+  assert stop.count == LOOKS
+  return workdir
+
+
+def assert_same(whole, parts):
+  assert rows(whole) == rows(parts)
+  assert (whole / "metrics.csv").read_text() == (parts / "metrics.csv").read_text()
+  one, other = kept(whole), kept(parts)
+  assert list(one) == list(other)
+  for step, leaves in one.items():
+    jax.tree.map(np.testing.assert_array_equal, leaves, other[step])
+  assert record.read_run(str(whole))["best"] == record.read_run(str(parts))["best"]
+
+
+# Between steps, at the first batch of an evaluation, between two views, and in the last evaluation of all.
+@pytest.mark.parametrize(
+  "at", [n if n in (3, 4, 8, 27) else pytest.param(n, marks=pytest.mark.slow) for n in range(1, LOOKS + 1)]
+)
+def test_a_stop_anywhere_also_within_an_evaluation_changes_nothing(whole, tmp_path, at):
+  assert train.train(tiny(), str(tmp_path), AsksAt(at)) == "stopped"
+  assert record.read_run(str(tmp_path))["stop"]["why"] == "the test"
+  assert train.train(tiny(), str(tmp_path)) == "finished"
+  assert_same(whole, tmp_path)
+
+
+def test_the_evaluation_that_is_made_up_for_may_be_stopped_again_and_a_crash_after_it_repeats_no_row(whole, tmp_path):
+  assert train.train(tiny(), str(tmp_path), AsksAt(6)) == "stopped"
+  assert not any("val/loss" in row for row in rows(tmp_path))
+  assert train.train(tiny(), str(tmp_path), AsksAt(2)) == "stopped"
+  with pytest.raises(RuntimeError, match="unplugged"):
+    train.train(tiny(), str(tmp_path), Unplugged(6 + 2))
+  assert [row["step"] for row in rows(tmp_path) if "val/loss" in row] == [4]
+  assert train.train(tiny(), str(tmp_path)) == "finished"
+  assert_same(whole, tmp_path)
+
+
+class Unplugged(AsksAt):
+  """Breaks the run at a look."""
+
+  def ask(self, why):
+    raise RuntimeError("unplugged")
+
+
+# As processes
+
+
+CONFIG = """
+import ml_collections
+def get_config():
+  images = dict(name="synthetic", kind="images", num_examples=40, shape=(4, 4, 1), num_classes=3)
+  return ml_collections.ConfigDict(dict(
+      total_steps=1000000, batch_size=8, log_every=1, checkpoint_every=1000000, writers=("jsonl",),
+      data=dict(source=dict(name="mine.slow")), model=dict(name="linear", in_features=16, num_outputs=3),
+      task=dict(name="classification"), optimizer=dict(name="sgd"), schedule=dict(name="constant", peak=0.1),
+  ))
+"""
+SLOW = """
+import os, pathlib, time
+from bigjax.data import synthetic
+def stall(where):
+  if os.environ["STALL"] == where:
+    pathlib.Path(os.environ["STALLED"]).touch()
+    time.sleep(600)
+def make():
+  stall("build")
+  class Slow(synthetic.Synthetic):
+    fetched = 0
+    def fetch(self, ids):
+      Slow.fetched += 1
+      if Slow.fetched > 30:
+        stall("input")
+      return super().fetch(ids)
+  found = synthetic.make(kind="images", num_examples=40, shape=(4, 4, 1), num_classes=3)
+  return Slow(**vars(found))
+"""
+
+
+@contextlib.contextmanager
+def running(tmp_path, *flags, stall=""):
+  """A training process, and the file that is there once it stalls."""
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "slow.py").write_text(SLOW)
+  (tmp_path / "config.py").write_text(CONFIG)
+  stalled = tmp_path / "stalled"
+  env = os.environ | {"PYTHONPATH": str(tmp_path), "STALL": stall, "STALLED": str(stalled)}
+  command = [sys.executable, "-m", "bigjax", "train", f"--config={tmp_path / 'config.py'}"]
+  with subprocess.Popen(
+    [*command, f"--workdir={tmp_path / 'run'}", *flags], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
+  ) as process:
+    try:
+      yield process, stalled
+    finally:
+      process.kill()
+
+
+def wait_for(file, process):
+  deadline = time.monotonic() + 240
+  while not file.exists() or not (file.name == "stalled" or file.stat().st_size):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+def test_before_there_is_something_to_save_a_request_ends_the_process_at_once(tmp_path):
+  with running(tmp_path, stall="build") as (process, stalled):
+    wait_for(stalled, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+  assert process.returncode == 75 and "nothing to save" in err and "SIGTERM" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_second_signal_ends_the_process_at_once(tmp_path, number):
+  with running(tmp_path, stall="input") as (process, stalled):
+    wait_for(stalled, process)
+    process.send_signal(number)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+  assert process.returncode == 128 + number and "a second signal" in err
+
+
+def test_time_that_is_up_is_a_request(tmp_path):
+  config = tiny(total_steps=1_000_000, evals={}, keep={}, checkpoint_every=1_000_000)
+  assert train.train(config, str(tmp_path), Stops(hours=1e-4)) == "stopped"
+  run = record.read_run(str(tmp_path))
+  assert run["stop"]["why"] == "--max_hours=0.0001" and run["stop"]["seconds_to_save"] < 10
+  assert (tmp_path / "checkpoints" / f"{run['step']:08d}").is_dir()
+
+
+@pytest.mark.slow
+def test_max_hours_ends_the_command_with_75(tmp_path):
+  with running(tmp_path, f"--max_hours={40 / 3600}") as (process, _):
+    _, err = process.communicate(timeout=240)
+  assert process.returncode == 75, err
+  run = json.loads((tmp_path / "run" / "run.json").read_text())
+  assert run["status"] == "stopped" and run["stop"]["why"].startswith("--max_hours=")
+
+
+# Notices
+
+
+@pytest.fixture
+def machine(monkeypatch):
+  """A TPU VM's server of metadata; what it says may be changed."""
+  said = {}
+
+  class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      value = said.get(self.path.removeprefix("/computeMetadata/v1/instance/"))
+      assert self.headers["Metadata-Flavor"] == "Google"
+      self.send_response(404 if value is None else 200)
+      self.end_headers()
+      self.wfile.write((value or "").encode())
+
+    def log_message(self, *args):
+      del args
+
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(peers, "on_tpu_vm", lambda: True)
+    yield said
+    server.shutdown()
+
+
+def test_what_the_machine_says_is_understood(machine):
+  assert peers.notice() is None
+  machine |= {"preempted": "FALSE", "maintenance-event": "NONE"}
+  machine["upcoming-maintenance"] = '{"maintenanceStatus": "PENDING", "type": "SCHEDULED"}'
+  assert peers.notice() is None
+  for name, value, words in [
+    ("upcoming-maintenance", '{"maintenanceStatus": "ONGOING"}', "in maintenance"),
+    ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE", "goes into maintenance"),
+    ("preempted", "TRUE", "preempted"),
+  ]:
+    machine[name] = value
+    assert words in peers.notice()
+
+
+def test_a_notice_of_the_machine_is_a_request(machine, tmp_path):
+  machine["preempted"] = "TRUE"
+  assert (
+    train.train(tiny(total_steps=1_000_000, evals={}, keep={}, checkpoint_every=1_000_000), str(tmp_path)) == "stopped"
+  )
+  assert "preempted" in record.read_run(str(tmp_path))["stop"]["why"]
+
+
+def test_handlers_of_signals_are_as_before(tmp_path):
+  before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+  for ends in (False, True):
+    with Stops(ends=ends):
+      pass
+  assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
+  assert signal.set_wakeup_fd(-1) == -1
+  assert not [t for t in threading.enumerate() if t.name.startswith("bigjax-stops")]
