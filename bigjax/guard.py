@@ -119,10 +119,13 @@ class Guard:
     workdir: Its directory.
     checkpoints: Its checkpoints.
     loop: What was saved beside the checkpoint that the run goes on from.
+    forget: Removes what else it could go on from.
   """
 
-  def __init__(self, run, workdir: str, checkpoints, loop: Mapping[str, Any]):
-    self._run, self._workdir, self._checkpoints = run, workdir, checkpoints
+  def __init__(
+    self, run, workdir: str, checkpoints, loop: Mapping[str, Any], forget: Callable[[], None] = lambda: None
+  ):
+    self._run, self._workdir, self._checkpoints, self._forget = run, workdir, checkpoints, forget
     self._before = hosts.agreed(passed_over(workdir))
     self.skips = _joined(loop.get("skips", ()), self._before)
     self._note = record.noting(workdir) if jax.process_index() == 0 else (lambda text: None)
@@ -154,7 +157,8 @@ class Guard:
 
   def _look(self):
     step, measured = self._underway.popleft()
-    values = {k: float(v) for k, v in jax.device_get(measured).items()}
+    found = jax.device_get(measured)
+    values = {k: float(found[k]) for k in measured}
     try:
       overflowed = precision.refuse_overflow(step, values)  # Then the state is that of the step before.
     except FloatingPointError as e:
@@ -209,6 +213,7 @@ class Guard:
 
   def _pass_over(self, first, last, reason):
     """Ends this attempt so that the next one goes on without the batches of these steps, from before them."""
+    self._forget()
     # One that saw what is to be passed over is of no use; if there is no other, what came after it is passed over.
     start = self._checkpoints.back_to(first)
     begin, end = pipeline.taken(np.array([max(first - 1, start), last - 1]), self.skips).tolist()

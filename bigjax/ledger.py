@@ -17,6 +17,7 @@ import collections
 import dataclasses
 import glob
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -97,10 +98,10 @@ class Ledger:
     self._plan, self._first, self._writes = plan, first, writes
     self._coming: collections.deque[np.ndarray] = collections.deque()
     self._fetched = first
-    before = attempts(workdir)
+    before = attempts(workdir, since=first - LOOKED_BACK)
     if jax.process_index() == 0:
       self._check_before(before)
-    self._number = hosts.agreed(before[-1].number + 1 if before else 1)
+    self._number = hosts.agreed(max(_files(workdir), default=0) + 1)  # Also beside what one host alone began.
     self._last = max((a.last for a in before if a.number < self._number), default=0)
     name = f"{self._number:05d}-{jax.process_index():05d}.ledger"
     self._path, self._file = os.path.join(_folder(workdir), name), None
@@ -234,13 +235,23 @@ class Attempt:
     return int(self.steps[-1]) if len(self.steps) else 0
 
 
-def attempts(workdir: str) -> list[Attempt]:
-  """Returns the starts of a run, in order; raises `UserError` for files that are no ledger."""
+def attempts(workdir: str, since: float = -math.inf) -> list[Attempt]:
+  """Returns the starts of a run, in order, from the last one before step `since` on; `UserError` if it's no ledger."""
+  files, found = _files(workdir), []
+  for number in sorted(files, reverse=True):
+    if found and found[-1].after <= since:
+      break  # A run that was preempted a thousand times has as many files.
+    attempt = _attempt(number, [part for path in files[number] if (part := _part(path))])
+    found += [] if attempt is None else [attempt]
+  return found[::-1]
+
+
+def _files(workdir) -> dict[int, list[str]]:
+  """What each start left, by its number."""
   files: dict[int, list[str]] = {}
   for path in sorted(glob.glob(os.path.join(glob.escape(_folder(workdir)), "*.ledger"))):
     files.setdefault(int(os.path.basename(path).partition("-")[0]), []).append(path)
-  found = [_attempt(number, [part for path in paths if (part := _part(path))]) for number, paths in files.items()]
-  return [a for a in found if a is not None]
+  return files
 
 
 def _part(path):
@@ -284,11 +295,10 @@ class History:
   @classmethod
   def of(cls, workdir: str) -> History:
     """Reads the ledger of a run."""
-    found, steps = attempts(workdir), {}
-    for attempt in found:
-      for step in [s for s in steps if s > attempt.after]:
-        del steps[step]
-      steps |= dict.fromkeys(attempt.steps.tolist(), attempt)
+    found, steps, until = attempts(workdir), {}, math.inf
+    for attempt in reversed(found):
+      steps |= dict.fromkeys(attempt.steps[attempt.steps <= until].tolist(), attempt)
+      until = min(until, attempt.after)  # What came later than that was taken again.
     return cls(steps, found)
 
   def by_attempt(self, steps: np.ndarray) -> Iterator[tuple[Attempt, np.ndarray]]:

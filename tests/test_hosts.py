@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bigjax import config as configs
-from bigjax import experiment, peers, sharding, train
+from bigjax import experiment, ledger, main, peers, sharding, train
 from bigjax.data import pipeline, synthetic
 from bigjax.errors import UserError
 from bigjax.peers import Peers, call_roll, find
@@ -108,6 +108,12 @@ def rows(workdir):
     return [json.loads(line) for line in f]
 
 
+def fed(workdir):
+  """The digest of what each step was fed."""
+  history = ledger.History.of(str(workdir))
+  return {s: a.sums[a.steps == s][0].tolist() for s, a in sorted(history.steps.items())}
+
+
 def assert_same_rows(a, b):
   a, b = rows(a), rows(b)
   assert [(r["step"], *sorted(r)) for r in a] == [(r["step"], *sorted(r)) for r in b]
@@ -135,6 +141,7 @@ def test_several_processes_compute_what_one_does_and_write_it_once(config, alone
   assert [i for i, (out, _) in written.items() if "Finished at step 8" in out] == [0]
   record = json.loads((tmp_path / "run.json").read_text())
   assert record["status"] == "finished" and record["processes"] == count and len(record["starts"]) == 1
+  assert len(fed(tmp_path)) == 8 and fed(tmp_path) == fed(alone)
   # And what they saved together, one process reads: every leaf, to the bit what the same run had measured.
   assert train.evaluate(resolved(config), str(tmp_path))[1] == pytest.approx(
     {k: v for k, v in rows(tmp_path)[-1].items() if k.startswith("val/")}, rel=TOLERANCE
@@ -172,6 +179,8 @@ def test_sigterm_to_one_stops_all_at_one_step_and_another_number_of_processes_go
   assert (parts / "checkpoints" / f"{stopped['step']:08d}").is_dir()
   train.train(resolved(config, *flags), str(whole))
   assert train.train(resolved(config, *flags), str(parts)) == "finished"
+  assert len(fed(whole)) == 400 and fed(whole) == fed(parts)
+  assert main.main(["ledger", str(parts)]) == 0
   a, b = rows(whole), rows(parts)
   assert [r["step"] for r in a] == [r["step"] for r in b]
   np.testing.assert_allclose([r.get("loss", 0) for r in a], [r.get("loss", 0) for r in b], rtol=2e-5)
@@ -202,6 +211,37 @@ def make(kind: str = "images", num_examples: int = 40, shape: tuple[int, ...] = 
 """
 
 
+POISONED = """
+import numpy as np
+from bigjax.data import synthetic
+def make(kind: str = "images", num_examples: int = 40, shape: tuple[int, ...] = (4, 4, 1), num_classes: int = 3):
+  class Poisoned(synthetic.Synthetic):
+    def fetch(self, ids):
+      found = super().fetch(ids)
+      return found | {"image": np.where((ids == 17)[:, None, None, None], np.float32(np.inf), found["image"])}
+  return Poisoned(**vars(synthetic.make(kind=kind, num_examples=num_examples, shape=shape, num_classes=num_classes)))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_go_back_together_and_are_fed_alike(config, tmp_path):
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "poisoned.py").write_text(POISONED)
+  flags = [
+    "--config.data.source.name=mine.poisoned",
+    "--config.data.source.num_examples=128",
+    "--config.guard=rollback",
+  ]
+  command = ("train", f"--config={config}", f"--workdir={tmp_path / 'run'}", *flags)
+  with Processes(*command, count=2, devices=4, env=lambda i: {"PYTHONPATH": str(tmp_path)}) as run:
+    run.ended(0)
+  (entry,) = json.loads((tmp_path / "run" / "rollbacks.json").read_text())
+  first, second = ledger.History.of(str(tmp_path / "run")).attempts
+  assert first.steps[-1] >= entry["step"] and second.after == entry["back_to"] and second.steps[-1] == 8
+  checked = [sys.executable, "-m", "bigjax", "ledger", str(tmp_path / "run")]
+  assert subprocess.run(checked, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}).returncode == 0
+
+
 @pytest.mark.parametrize("broken", [0, 1])
 def test_a_failure_of_one_ends_all_with_its_name(config, tmp_path, broken):
   (tmp_path / "mine").mkdir()
@@ -222,7 +262,7 @@ def test_a_peer_that_is_killed_is_missed_in_bounded_time(config, tmp_path):
   with Processes("train", f"--config={config}", f"--workdir={tmp_path}", *flags, count=2, timeout=10) as run:
     wait_for_rows(tmp_path, 3, run)
     run.started[1].kill()
-    written = run.ended({0: 1, 1: -signal.SIGKILL})
+    written = run.ended({0: 76, 1: -signal.SIGKILL})
   assert "process 1 of 2 on" in written[0][1] and "nothing was heard of it for 10 s" in written[0][1]
   assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
 

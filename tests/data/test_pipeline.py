@@ -228,6 +228,17 @@ def test_spec_tells_the_shapes_and_types_on_the_device():
   }
 
 
+def test_batches_of_the_order_that_are_passed_over_leave_the_others_as_they_are():
+  whole, told = train(Numbers(100), 12), []
+  left = train(Numbers(100), 9, skips=((2, 3), (5, 7)), fetched=lambda *examples: told.append(examples))
+  for a, b, (_, ids, _) in zip(left, [whole[i] for i in (0, 1, 3, 4, 7, 8, 9, 10, 11)], told):
+    assert_same(a, b)
+    np.testing.assert_array_equal(a["label"], ids)
+  on = train(Numbers(100), 4, skips=((2, 3), (5, 7)), start_step=5)
+  for a, b in zip(on, left[5:]):
+    assert_same(a, b)
+
+
 def test_what_can_not_be_a_batch_is_told():
   with pytest.raises(UserError, match="batch_size: 6 is not a positive multiple of 4, the number of hosts' parts"):
     train(Numbers(10), 1, hosts=4)

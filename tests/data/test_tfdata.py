@@ -70,6 +70,14 @@ def assert_same(a, b):
       np.testing.assert_array_equal(x[name], y[name])
 
 
+def test_what_was_fetched_is_told_with_each_batch():
+  told = []
+  for batch in train(Files(20), 5, start_step=2, fetched=lambda *examples: told.append(examples)):
+    epochs, ids, mask = told.pop(0)
+    np.testing.assert_array_equal(ids, batch["label"])
+    assert set(epochs.tolist()) <= {0, 1, 2} and mask.tolist() == batch["mask"].tolist() == [1.0] * 6
+
+
 def test_images_are_decoded_and_cropped():
   batches = train(Files(20), 5)
   assert [b["image"].shape for b in batches] == [(6, 8, 8, 3)] * 5
