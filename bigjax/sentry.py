@@ -15,7 +15,6 @@ import jax
 from bigjax import paths
 from bigjax.errors import UserError
 
-
 AHEAD = 2  # Steps that the host may be ahead of the devices: enough to hide its work, and a stop is soon heard.
 
 
@@ -34,7 +33,7 @@ class Step:
     """
     try:
       return self.compiled(*args)
-    except (TypeError, ValueError, jax.errors.JaxRuntimeError) as e:
+    except (TypeError, ValueError, RuntimeError) as e:
       lines = [line for (name, want), got in zip(self.takes.items(), args) for line in differences(name, want, got)]
       if not lines:
         raise

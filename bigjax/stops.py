@@ -11,6 +11,7 @@ JAX's own listener to SIGTERM does the last part only, and can't be left at once
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -33,6 +34,9 @@ NOTICE = 5.0  # Seconds between two looks at what the machine says.
 TOGETHER = 0.3  # Seconds within which signals are one: schedulers send it to a process and to its group.
 
 
+_numbers = itertools.count()  # Every process makes its stops in the same order.
+
+
 class Stopped(Exception):
   """Raised out of an evaluation that a stop has cut short."""
 
@@ -52,6 +56,7 @@ class Stops:
     self._saving = False  # Whether there is something to save.
     self._looks, self._at, self._lock, self._stopping = 0, None, threading.Lock(), False
     self._thread, self._over, self._closed = None, threading.Event(), False
+    self._told = f"bigjax/stop/{next(_numbers)}"
 
   def __enter__(self) -> Stops:
     here = threading.current_thread() is threading.main_thread()  # Python gives signals to no other.
@@ -93,6 +98,9 @@ class Stops:
         yield self
       finally:
         self._over.set()
+        if group := _group():  # A peer that is asked now would wait for an answer.
+          with contextlib.suppress(Exception):
+            self._tell_how_far(*group[:2])
 
   def look(self) -> bool:
     """Whether to stop here; to be called at the same places, equally often, by every process."""
@@ -175,26 +183,29 @@ class Stops:
   def _decide_together(self, store, me, count):
     with contextlib.suppress(Exception):  # JAX's service is gone, and so is a process: hosts.py has that.
       if self._why is None:
-        said = store.key_value_dir_get("bigjax/stop/asked")
+        said = store.key_value_dir_get(f"{self._told}/asked")
         if not said:
           return
         self._why, self._asked = json.loads(sorted(said)[0][1]), time.monotonic()
       else:
         why = f"{self._why}, process {me} on {socket.gethostname()}"
-        store.key_value_set(f"bigjax/stop/asked/{me}", json.dumps(why), allow_overwrite=True)
+        store.key_value_set(f"{self._told}/asked/{me}", json.dumps(why), allow_overwrite=True)
       with self._lock:  # Until all have said how far they are, nobody goes on.
-        store.key_value_set(f"bigjax/stop/at/{me}", str(self._looks), allow_overwrite=True)
-        while len(said := store.key_value_dir_get("bigjax/stop/at")) < count:
+        self._tell_how_far(store, me)
+        while len(said := store.key_value_dir_get(f"{self._told}/at")) < count:
           time.sleep(0.02)
         last = max(int(looks) for _, looks in said)
         self._at = last + 1
       if self.ends and last == 0:
-        store.key_value_set(f"bigjax/stop/left/{me}", "", allow_overwrite=True)
+        store.key_value_set(f"{self._told}/left/{me}", "", allow_overwrite=True)
         deadline = time.monotonic() + 5
         # Process 0 has the store: it goes when the others have read.
-        while me == 0 and len(store.key_value_dir_get("bigjax/stop/left")) < count and time.monotonic() < deadline:
+        while me == 0 and len(store.key_value_dir_get(f"{self._told}/left")) < count and time.monotonic() < deadline:
           time.sleep(0.02)
         _leave(STOPPED, f"stopped ({self._why}) before the first step; there is nothing to save")
+
+  def _tell_how_far(self, store, me):
+    store.key_value_set(f"{self._told}/at/{me}", str(self._looks), allow_overwrite=True)
 
   def _watch_machine(self):
     while not self._over.is_set():

@@ -180,10 +180,10 @@ def test_an_update_that_prints_nothing_costs_less_than_20_microseconds():
   metrics = {"loss": 0.5}
 
   def once():
-    start = time.perf_counter()
+    start = time.thread_time()
     for step in range(2, 1002):
       progress.update(step, metrics)
-    return (time.perf_counter() - start) / 1000
+    return (time.thread_time() - start) / 1000
 
   assert min(once() for _ in range(5)) < 20e-6
 
