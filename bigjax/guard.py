@@ -250,18 +250,26 @@ class Spike:
 
   def seen(self, step: int, loss: float) -> int | None:
     """Returns the first step of a leap that has lasted long enough; None while there is none."""
-    window = np.array(self._losses)
+    window = list(self._losses)
     self._losses.append(loss)
-    if len(window) < self._config.window:
-      return None
-    middle = np.median(window)
-    # A loss that hardly moves, as at the very end, has no scale of its own.
-    spread = max(_NORMAL * np.median(abs(window - middle)), 1e-3 * abs(middle))
-    self._high = self._high + 1 if loss > middle + self._config.above * spread else 0
+    if len(window) == self._config.window:
+      self._high = self._high + 1 if self._leaps(window, loss) else 0
     return step - self._high + 1 if self._high >= self._config.patience else None
+
+  def _leaps(self, window, loss):
+    middle = _median(window)  # NumPy's takes ten times as long for so few.
+    if not loss > middle:
+      return False
+    # A loss that hardly moves, as at the very end, has no scale of its own.
+    spread = max(_NORMAL * _median([abs(x - middle) for x in window]), 1e-3 * abs(middle))
+    return loss > middle + self._config.above * spread
 
   def to_json(self) -> dict[str, Any]:
     return {"losses": list(self._losses)} | ({"high": self._high} if self._high else {})
+
+
+def _median(values):
+  return sorted(values)[len(values) // 2]
 
 
 # What was passed over

@@ -235,11 +235,11 @@ class Attempt:
     return int(self.steps[-1]) if len(self.steps) else 0
 
 
-def attempts(workdir: str, since: float = -math.inf) -> list[Attempt]:
+def attempts(workdir: str, since: int | None = None) -> list[Attempt]:
   """Returns the starts of a run, in order, from the last one before step `since` on; `UserError` if it's no ledger."""
   files, found = _files(workdir), []
   for number in sorted(files, reverse=True):
-    if found and found[-1].after <= since:
+    if since is not None and found and found[-1].after <= since:
       break  # A run that was preempted a thousand times has as many files.
     attempt = _attempt(number, [part for path in files[number] if (part := _part(path))])
     found += [] if attempt is None else [attempt]
