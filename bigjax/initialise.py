@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from bigjax import paths, weights
+from bigjax import changes, paths, weights
 from bigjax.checkpoint import Checkpoints
 from bigjax.errors import UserError, suggest
 
@@ -20,7 +20,26 @@ from bigjax.errors import UserError, suggest
 def first_state(run, key: jax.Array):
   """Returns the state before the first step, as `config.init_from` says, or fresh."""
   init = run.config.init_from
+  if init is not None and init.whole:
+    return _whole(run, init, key)
   return from_config(run, run.init(key)) if init is None or init.weights is None else _published(run, init, key)
+
+
+def _whole(run, init, key):
+  """All of another run's state, to go on with."""
+  if run.config.lora is not None:
+    raise UserError("config.init_from.whole: adapters start with their first step; take the parameters only.")
+  allowed = changes.Changes(rules=init.rules, drop=init.drop, resize=init.resize, cast=init.cast)
+  with Checkpoints(init.workdir, read_only=True, where="config.init_from.workdir") as checkpoints:
+    step = checkpoints.latest() if init.step is None else init.step
+    if step is None:
+      raise UserError(f"config.init_from.workdir={init.workdir} has no checkpoint yet.")
+    checkpoints.verify(step)
+    fresh = lambda: run.init(key)
+    state, report = changes.take(checkpoints, step, run.abstract, run.shardings, allowed, fresh)
+  if jax.process_index() == 0:
+    print("\n".join([f"init_from {init.workdir}: going on from step {step}", *(f"  {r}" for r in report)]))
+  return state
 
 
 def _published(run, init, key):
