@@ -175,11 +175,12 @@ class Bert(nnx.Module):
     tokens: Int[Array, "batch seq"],
     *,
     segments: Int[Array, "batch seq"] | None = None,
+    positions: Int[Array, "batch seq"] | None = None,
     key: PRNGKeyArray | None = None,
     train: bool = False,
   ) -> Float32[Array, "batch width"]:
     """Returns the mean over the tokens of a text, those whose segment isn't 0: https://arxiv.org/abs/1908.10084."""
-    hidden, _ = self.hidden(tokens, segments=segments, key=key, train=train)
+    hidden, _ = self.hidden(tokens, segments=segments, positions=positions, key=key, train=train)
     real = jnp.ones(tokens.shape) if segments is None else (segments != 0).astype(jnp.float32)
     total = (hidden.astype(jnp.float32) * real[..., None]).sum(axis=1)
     return total / jnp.maximum(real.sum(axis=1, keepdims=True), 1)

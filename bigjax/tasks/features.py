@@ -33,12 +33,17 @@ def mask(batch: Mapping, like: Array) -> Array:
   return jnp.asarray(batch["mask"], jnp.float32) if "mask" in batch else jnp.ones(like.shape[:1], jnp.float32)
 
 
-def check_range(batch: Mapping[str, np.ndarray], name: str, classes: int) -> None:
-  """Raises `UserError` if an integer feature of a NumPy batch lies outside 0 to classes - 1, padding apart."""
+def check_range(batch: Mapping[str, np.ndarray], name: str, classes: int, where: str | None = None) -> None:
+  """Raises `UserError` if an integer feature of a NumPy batch lies outside 0 to classes - 1, padding apart.
+
+  `where` names a mask of its values: only what has not 0 there is looked at.
+  """
   values = np.asarray(batch[name])
   if not np.issubdtype(values.dtype, np.integer) or not values.size or (values.min() >= 0 and values.max() < classes):
     return
   wrong = ((values < 0) | (values >= classes)).reshape(len(values), -1) & (batch["mask"] != 0)[:, None]
+  if where is not None:
+    wrong &= np.asarray(batch[where]).reshape(wrong.shape) != 0
   if wrong.any():
     value = values.reshape(len(values), -1)[wrong][0]
     raise UserError(
@@ -52,5 +57,5 @@ def outputs(module, inputs: Array, **beside: Array) -> dict[str, Array]:
   found = {"logits": module(inputs, **beside).astype(jnp.float32)}
   # Computed a second time only to the eye: XLA finds the two equal, and what nobody reads is not computed at all.
   if callable(getattr(module, "features", None)):
-    found["features"] = module.features(inputs).astype(jnp.float32)
+    found["features"] = module.features(inputs, **beside).astype(jnp.float32)
   return found

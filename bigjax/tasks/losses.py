@@ -4,12 +4,17 @@ A vocabulary of 50,000 makes a one-hot target as large as the logits; the log-no
 needs none, and label smoothing and z-loss are terms of what is at hand already.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Integer
+
+from bigjax import sharding
 
 
 def cross_entropy(
@@ -60,6 +65,9 @@ def in_chunks(
   cross-entropy, https://arxiv.org/abs/2410.10989.) A part has every `chunks`-th position, so that devices that split
   the sequence have some of each.
 
+  Devices that split the batch gather the parameters before the first part, and each adds up the gradient of its own
+  examples; it is summed over them once, after the last. Left to the compiler, both happen for every part.
+
   Args:
     unembed: From hidden states to logits, closed over its parameters, which get their gradient too.
     losses: `(logits, labels) -> (losses, metrics)`, arrays [batch, seq].
@@ -68,36 +76,50 @@ def in_chunks(
     weight: Of each loss; 0 leaves it out, be it finite or not.
     chunks: Number of parts; divides the sequence.
   """
-  split = lambda a: jnp.moveaxis(a.reshape(len(a), -1, chunks, *a.shape[2:]), 2, 0)
-  join = lambda a: jnp.moveaxis(a, 0, 2).reshape(a.shape[1], -1, *a.shape[3:])
+  groups = _Groups.of(sharding.current(), len(hidden))
+  split = lambda a: groups.split(jnp.moveaxis(a.reshape(len(a), -1, chunks, *a.shape[2:]), 2, 0))
+
+  def join(a):
+    a = jnp.moveaxis(groups.join(a), 0, 2)
+    return a.reshape(a.shape[0], -1, *a.shape[3:])
+
   # Half precision has too few exponents for gradients that no loss scale has come to yet.
   kept = jnp.float32 if hidden.dtype == jnp.float16 else hidden.dtype
   labels, weight = split(labels), split(weight)
-  unembed, params = jax.closure_convert(unembed, jax.eval_shape(lambda x: split(x)[0], hidden))
+  one = lambda x: groups.first(split(x)[0])
+  with sharding.use(groups.inside):
+    unembed, params = jax.closure_convert(unembed, jax.eval_shape(one, hidden))
 
   def part(params, hidden, labels, weight):
     values, metrics = losses(unembed(hidden, *params), labels)
     return (jnp.where(weight != 0, values, 0.0) * weight).sum(), metrics
 
   def forward(params, hidden):
-    add = lambda total, now: (total + now[0], now[1])
-    return jax.lax.scan(
-      lambda total, xs: add(total, part(params, *xs)), jnp.float32(0), (split(hidden), labels, weight)
-    )
+    def add(total, xs):
+      value, metrics = groups.each(lambda *xs: part(params, *xs))(*xs)
+      return total + value.sum(), metrics
+
+    return jax.lax.scan(add, jnp.float32(0), (split(hidden), labels, weight))
 
   def forward_and_gradient(params, hidden):
+    whole = jax.tree.map(groups.gathered, params)
+
+    def one(hidden, labels, weight):
+      loss = lambda params, hidden: part(params, hidden, labels, weight)
+      value, pull, metrics = jax.vjp(loss, whole, hidden, has_aux=True)
+      return value, pull(jnp.ones_like(value)), metrics
+
     def body(carry, xs):
       total, gradient = carry
-      value, pull, metrics = jax.vjp(lambda params, x: part(params, x, *xs[1:]), params, xs[0], has_aux=True)
-      d_params, d_hidden = pull(jnp.ones_like(value))
+      value, (d_params, d_hidden), metrics = groups.each(one)(*xs)
       gradient = jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradient, d_params)
-      return (total + value, gradient), (d_hidden.astype(kept), metrics)
+      return (total + value.sum(), gradient), (d_hidden.astype(kept), metrics)
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
+    zeros = jax.tree.map(lambda p: groups.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
     (total, gradient), (d_hidden, metrics) = jax.lax.scan(
       body, (jnp.float32(0), zeros), (split(hidden), labels, weight)
     )
-    return (total, metrics), (params, gradient, d_hidden)
+    return (total, metrics), (params, jax.tree.map(groups.sum, gradient), d_hidden)
 
   def backward(kept, slopes):
     params, gradient, d_hidden = kept
@@ -109,3 +131,63 @@ def in_chunks(
   summed.defvjp(forward_and_gradient, backward)
   total, metrics = summed(params, hidden)
   return total, jax.tree.map(lambda m: join(jax.lax.stop_gradient(m)), metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Groups:
+  """The examples of a batch by the devices that have them, as a dimension of their own; none where one has them all."""
+
+  layout: sharding.Layout
+  ways: int
+
+  @classmethod
+  def of(cls, layout: sharding.Layout, batch: int) -> "_Groups":
+    ways = layout.size("batch")
+    return cls(layout, ways if batch % ways == 0 else 1)
+
+  @property
+  def inside(self) -> sharding.Layout:
+    """What the computation for one group knows of the devices."""
+    if self.ways == 1:
+      return self.layout
+    return dataclasses.replace(self.layout, words={**self.layout.words, "batch": ()})
+
+  def split(self, a):
+    """[parts, batch, ...] -> [parts, groups, batch / groups, ...]."""
+    return a if self.ways == 1 else a.reshape(len(a), self.ways, -1, *a.shape[2:])
+
+  def join(self, a):
+    """The inverse of `split`."""
+    return a if self.ways == 1 else a.reshape(len(a), -1, *a.shape[3:])
+
+  def first(self, a):
+    return a if self.ways == 1 else a[0]
+
+  def each(self, function):
+    """Returns `function` of one group applied to all, every device its own."""
+    if self.ways == 1:
+      return function
+
+    def inside(*args):
+      with sharding.use(self.inside):
+        return function(*args)
+
+    return jax.vmap(inside, spmd_axis_name=self.layout.axes("batch"))
+
+  def gathered(self, a):
+    """A parameter, whole on every device unless the vocabulary is split."""
+    if self.ways == 1 or self.layout.size("vocab") > 1:
+      return a
+    return jax.lax.with_sharding_constraint(a, NamedSharding(self.layout.mesh, P()))
+
+  def zeros(self, shape, dtype):
+    """What each group adds to."""
+    if self.ways == 1:
+      return jnp.zeros(shape, dtype)
+    spec = P(self.layout.axes("batch"), *[P.UNCONSTRAINED] * len(shape))
+    return jax.lax.with_sharding_constraint(
+      jnp.zeros((self.ways, *shape), dtype), NamedSharding(self.layout.mesh, spec)
+    )
+
+  def sum(self, a):
+    return a if self.ways == 1 else a.sum(axis=0)

@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 
 from bigjax.errors import UserError
-from bigjax.models import cnn, gpt, linear, mixer, mlp, resnet, rnn, vit
+from bigjax.models import bert, cnn, decoder, gpt, linear, mixer, mlp, resnet, rnn, vit
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
 TOKENS = np.random.default_rng(0).integers(0, 11, size=(4, 6)).astype(np.int32)
 VIT = dict(num_classes=5, image_size=8, patch_size=4, width=16, depth=2, heads=2)
+LM = dict(vocab_size=11, context=8, width=16, depth=2, heads=2, dropout=0.5)
 
 # Each with everything random and everything stateful that it has.
 MODELS = {
@@ -46,7 +47,9 @@ MODELS = {
     TOKENS,
     (4, 6, 11),
   ),
-  "gpt": (gpt.make, dict(vocab_size=11, context=8, width=16, depth=2, heads=2, dropout=0.5), TOKENS, (4, 6, 11)),
+  "gpt": (gpt.make, LM, TOKENS, (4, 6, 11)),
+  "decoder": (decoder.make, LM | dict(mlp_dim=24, kv_heads=1, window=3, pattern="LG", scan=True), TOKENS, (4, 6, 11)),
+  "bert": (bert.make, LM | dict(mlp_dim=24), TOKENS, (4, 6, 11)),
 }
 DROPPING = [name for name, (_, arguments, *_) in MODELS.items() if "dropout" in arguments]
 
@@ -146,7 +149,7 @@ def test_bfloat16_products_keep_float32_parameters_and_logits(name):
   @jax.jit
   def outputs(params, extras, inputs):
     module = nnx.merge(graphdef, params, extras)
-    return module(inputs), module.hidden(inputs)[0] if "gpt" in name else module.features(inputs)
+    return module(inputs), module.features(inputs) if hasattr(module, "features") else module.hidden(inputs)[0]
 
   logits, features = outputs(params, extras, inputs)
   exact, _ = outputs_fn(name, False)(params, extras, inputs, None)
@@ -157,7 +160,7 @@ def test_bfloat16_products_keep_float32_parameters_and_logits(name):
   assert features.shape[0] == 4
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith(("rnn_lm", "gpt", "linear"))])
+@pytest.mark.parametrize("name", [n for n in MODELS if n not in ("rnn_lm", "gpt", "decoder", "bert", "linear")])
 def test_the_head_is_a_dense_layer_on_the_features(name):
   params, extras, graphdef = built(name)
   inputs = jnp.asarray(MODELS[name][2])
