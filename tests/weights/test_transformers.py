@@ -1,4 +1,4 @@
-"""Every family against `transformers` on PyTorch: the same logits, the same files. Needs the extra `hf`."""
+"""Every family against `transformers` on PyTorch: the same logits, the same files. Needs the extra `hf` and PyTorch."""
 
 import functools
 import json
@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import bigjax
+from bigjax import main, weights
 from bigjax import state as states
-from bigjax import weights
 from bigjax.models import bert, decoder
 
-torch = pytest.importorskip("torch", reason="the extra `hf` (torch, transformers) is not installed")
-transformers = pytest.importorskip("transformers", reason="the extra `hf` (torch, transformers) is not installed")
+transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed: scripts/bootstrap.sh hf")
+torch = pytest.importorskip("torch", reason="PyTorch is not installed; a build for CPUs will do")
 
 SIZES = dict(vocab_size=29, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4)
 SMALL = SIZES | dict(num_key_value_heads=2, max_position_embeddings=64)
@@ -132,6 +133,32 @@ def test_what_is_written_is_bit_for_bit_what_was_read_and_transformers_loads_it(
     with torch.no_grad():
       got = model.eval()(torch.as_tensor(TOKENS)).logits.numpy()
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.slow
+def test_a_tuned_run_speaks_as_tuned_in_transformers(root, tmp_path):
+  path, before = published("qwen3", root)
+  source = dict(name="synthetic", kind="tokens", num_examples=16, vocab_size=29, length=24)
+  config = dict(
+    total_steps=3,
+    batch_size=8,
+    model=weights.open_weights(path).model,
+    task=dict(name="language_modeling"),
+    optimizer=dict(name="adamw"),
+    schedule=dict(name="constant", peak=3e-2),
+    data=dict(source=source),
+    init_from=dict(weights=path),
+    lora=dict(rules=[(".*kernel", 2)]),
+    writers=("jsonl",),
+  )
+  run = bigjax.run(config, str(tmp_path / "run"))
+  expected = np.asarray(run.predict({"tokens": np.pad(TOKENS, ((0, 0), (0, 1)))})["logits"])
+  assert np.abs(expected - before).max() > 0.1
+  assert main.main(["weights", "export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+  model = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"), dtype=torch.float32)
+  with torch.no_grad():
+    found = model.eval()(torch.as_tensor(TOKENS)).logits.numpy()
+  np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("head", ["ForMaskedLM", "Model"])
