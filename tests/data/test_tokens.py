@@ -77,6 +77,18 @@ def test_packed_rows_hold_every_document_once_and_keep_them_apart(store, block):
   assert source.efficiency == (batch["segments"] > 0).mean()
 
 
+@pytest.mark.parametrize("kind", ["joined", "packed"])
+def test_a_row_can_say_which_tokens_it_holds(store, kind):
+  source, joined = tokens.make(str(store), block=16, documents=kind), "".join(TEXTS)
+  mixed = mixture.make((source, source), weights=(1.0, 1.0))
+  said = source.spans(np.arange(len(source)))
+  for row, words in zip(rows(source)["tokens"], said):
+    spans = [map(int, span.split(" to ")) for span in words.removeprefix("tokens ").split(", ")]
+    held = "".join(joined[first : last + 1] for first, last in spans)
+    assert text(row[: len(held)]) == held and not row[len(held) :].any()
+  assert mixed.spans(np.arange(len(mixed))) == said + said and mixed.sizes() == [len(source)] * 2
+
+
 def test_packing_some_documents_takes_those(store):
   source = tokens.make(str(store), block=50, documents="packed", split="[5:8]+[:2]")
   found = set(text(rows(source)["tokens"].ravel())) - {"\0"}
