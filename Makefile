@@ -1,6 +1,7 @@
 # Each target does everything it needs from a clean clone: Python 3.11 to 3.13, make and a package registry are enough.
 
 CONFIG ?= configs/digits_vit.py
+CONFIGS ?= $(wildcard configs/*.py)
 WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 # Passed on: make train ARGS="--config.total_steps=100", make test ARGS="-k vit"
 ARGS ?=
@@ -10,7 +11,7 @@ WORKERS ?= 2
 bin := .venv/bin
 pytest := $(bin)/python -m pytest -n $(WORKERS) --dist worksteal --durations 15 --durations-min 1
 
-.PHONY: help train test test-all lint format lock clean
+.PHONY: help train test test-all plan lint format lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -28,6 +29,10 @@ test:  ## the test suite
 test-all:  ## the test suite with the slow tests
 	@sh scripts/bootstrap.sh examples dev
 	@$(pytest) $(ARGS)
+
+plan:  ## hold configs to the budgets they state, on TPUs that need not be there (CONFIGS="configs/NAME.py ...")
+	@sh scripts/bootstrap.sh examples plan
+	@$(bin)/bigjax plan --check $(CONFIGS)
 
 lint:  ## ruff's checks, and its format
 	@sh scripts/bootstrap.sh examples dev

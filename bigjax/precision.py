@@ -33,12 +33,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from bigjax import paths
 from bigjax.errors import UserError
 
 PyTree = Any
 GIVE_UP_AFTER = 30  # Overflows in a row: halved so often, no scale is too large any more.
+DENSE = "dense"  # What the results of dense layers are called, for `jax.checkpoint`.
 Mode = Literal["float32", "mixed", "bfloat16", "bfloat16_kahan", "float16"]
 
 
@@ -134,7 +136,7 @@ def _dot(inputs, kernel, dimension_numbers, **kwargs):
   dense = (((inputs.ndim - 1,), (0,)), ((), ()))
   if inputs.dtype == jnp.float32 or inputs.dtype != kernel.dtype or dimension_numbers != dense:
     return jax.lax.dot_general(inputs, kernel, dimension_numbers, **kwargs)
-  return _dense(inputs, kernel)
+  return checkpoint_name(_dense(inputs, kernel), DENSE)  # Policies of remat don't see a product inside a rule.
 
 
 @jax.custom_vjp

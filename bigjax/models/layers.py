@@ -226,9 +226,7 @@ class SelfAttention(nnx.Module):
   devices gives each of them whole heads.
   """
 
-  def __init__(
-    self, width: int, heads: int, *, causal, bias, dropout, backend, dtype, init: BlockInit, rngs: nnx.Rngs
-  ):
+  def __init__(self, width: int, heads: int, *, causal, bias, dropout, backend, dtype, init: BlockInit, rngs: nnx.Rngs):
     check_heads(width, heads)
     self.heads, self.causal, self.dropout = heads, causal, dropout
     self.backend = choose(dict(zip(BACKENDS, BACKENDS)), "attention", backend)
@@ -437,7 +435,11 @@ def remat_policy(remat: str) -> Callable | None:
   in `NAMED`: the projections that attention takes in, what it gives, and what is inside the MLP.
   """
   policies = jax.checkpoint_policies
-  whole = {"none": None, "full": policies.nothing_saveable, "dots": policies.dots_with_no_batch_dims_saveable}
+  # Products of half precision are inside a rule of their own, which policies don't look into: see `precision.DENSE`.
+  dots = policies.save_from_both_policies(
+    policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("dense")
+  )
+  whole = {"none": None, "full": policies.nothing_saveable, "dots": dots}
   if remat in whole:
     return whole[remat]
   found = {"save": [], "offload": []}

@@ -66,6 +66,23 @@ def kept(run: Any, remat: str | None = None) -> int:
 
   Copies of parameters in the type of the computation are not among them, nor is what was given.
   """
+  return sum(_a_device(run, v.aval) for v in _left(run, remat)[1])
+
+
+def largest(run: Any, most: int = 10) -> list[dict[str, Any]]:
+  """Returns the largest arrays on a device: leaves of the state, and what is left for the backward pass."""
+  jaxpr, left = _left(run, None)
+  layouts = jax.tree.leaves(run.shardings)
+  state = zip(paths.names(run.abstract), jax.tree.leaves(run.abstract), layouts, strict=True)
+  rows = [(sharding.bytes_a_device(x, layout), x, name, "") for name, x, layout in state]
+  rows += [(_a_device(run, v.aval), v.aval, *_origin(jaxpr, v)) for v in left]
+  rows = sorted(rows, key=lambda row: -row[0])[:most]
+  spelled = lambda x: f"{x.dtype}[{','.join(map(str, x.shape))}] over all devices"
+  return [dict(bytes=size, shape=spelled(x), what=what, line=line) for size, x, what, line in rows]
+
+
+def _left(run, remat):
+  """The traced forward pass, and the values in it that the backward pass wants."""
   model = run.model.build
   changed = {} if remat is None else {"remat": remat}
   if "attention" in inspect.signature(model.factory).parameters and run.mesh.devices.flat[0].platform != "tpu":
@@ -79,8 +96,28 @@ def kept(run: Any, remat: str | None = None) -> int:
 
   traced = jax.make_jaxpr(forward)(run.abstract.params, run.abstract.extras, dict(run.batch), key).jaxpr
   given, own = set(traced.invars), {p.shape for p in jax.tree.leaves(run.abstract.params)}
-  outs = {v for v in traced.outvars if not hasattr(v, "val") and v not in given}
-  return sum(_a_device(run, v.aval) for v in outs if v.aval.shape not in own)
+  outs = {v: None for v in traced.outvars if not hasattr(v, "val") and v not in given}
+  return traced, [v for v in outs if v.aval.shape not in own]
+
+
+def _origin(jaxpr, value):
+  """The operation that made a value, and its line; within a scan or a call, the one in there."""
+  made = next((e for e in jaxpr.eqns if value in e.outvars), None)
+  if made is None:
+    return "", ""
+  for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    inner = made.params.get(name)
+    inner = getattr(inner, "jaxpr", inner)
+    if inner is not None and len(inner.outvars) == len(made.outvars):
+      out = inner.outvars[made.outvars.index(value)]
+      found = _origin(inner, out) if not hasattr(out, "val") else ("", "")
+      if found[0]:
+        return found
+  trace = made.source_info.traceback
+  files = [(f.file_name, f.line_num) for f in trace.frames] if trace is not None else []
+  own = [(file, line) for file, line in files if "site-packages" not in file and "/bigjax/" in file]
+  line = f"bigjax/{own[0][0].rpartition('/bigjax/')[2]}:{own[0][1]}" if own else ""
+  return made.primitive.name, line
 
 
 def _a_device(run, value):

@@ -8,10 +8,12 @@ not known, and neither is the length of a run that is given in epochs.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from typing import Any
 
 from bigjax import experiment
+from bigjax.errors import UserError
 from bigjax.plan import profiles
 from bigjax.plan import topology as slices
 
@@ -49,11 +51,41 @@ def prepare(config: experiment.TrainConfig, topology: str, num_slices: int = 1) 
     UserError: There is no such topology, the mesh doesn't fit it, or data are missing that nothing can stand in for.
   """
   devices = slices.devices(topology, num_slices)
+  _check_mesh(config.mesh, len(devices), topology, num_slices)
   stand_in = absent(config)
   source = config.data.source if stand_in is None else stand_in
   shaped = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
   run = experiment.build(shaped, devices)
   return Prepared(run, config, topology, num_slices, slices.profile(topology), stand_in is not None)
+
+
+def _check_mesh(mesh, count, topology, num_slices):
+  """Raises for sizes that don't multiply to the devices, with those that do."""
+  known = math.prod(size for _, size in mesh if size != -1)
+  if known == count or (any(size == -1 for _, size in mesh) and known > 0 and count % known == 0):
+    return
+  names, wanted = [name for name, _ in mesh], [size for _, size in mesh]
+  shapes = sorted(_shapes(count, len(mesh)), key=lambda shape: _distance(shape, wanted))
+  listed = ", ".join(
+    "(" + ", ".join(f"{n} {s}" for n, s in zip(names, shape, strict=True)) + ")" for shape in shapes[:6]
+  )
+  where = f"{num_slices} x {topology}" if num_slices > 1 else topology
+  raise UserError(
+    f"config.mesh: {dict(mesh)} is for {known} devices or a multiple; {where} has {count}. These fit: {listed}"
+    + (f", and {len(shapes) - 6} more." if len(shapes) > 6 else ".")
+  )
+
+
+def _shapes(count, axes):
+  """Every way to write `count` as a product of so many numbers."""
+  if axes == 1:
+    return [(count,)]
+  divisors = [d for d in range(1, count + 1) if count % d == 0]
+  return [(d, *rest) for d in divisors for rest in _shapes(count // d, axes - 1)]
+
+
+def _distance(shape, wanted):
+  return sum(abs(math.log(size / want)) for size, want in zip(shape, wanted, strict=True) if want > 0)
 
 
 def absent(config: experiment.TrainConfig) -> Any:

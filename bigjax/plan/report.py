@@ -102,10 +102,11 @@ def _memory(prepared, step, estimate) -> dict[str, Any]:
   found = {"limit": limit} | {name: estimate["memory"][name] for name in ("params", "optimizer", "extras", "batch")}
   if step is None:
     found |= {"temporaries": estimate["memory"]["temporaries"], "total": estimate["memory"]["total"]}
+    found["buffers"] = analytic.largest(prepared.run)
   elif "refused" in step:
     refused = step["refused"]
     found |= {"needed": refused["needed"], "available": refused["available"], "said": refused["said"]}
-    found["buffers"] = refused["buffers"]
+    found["buffers"] = refused["buffers"] or analytic.largest(prepared.run)
     found["missing"] = max(1, refused["needed"] - refused["available"])
     found["remedies"] = remedies(prepared, refused["needed"], refused["available"])
     return found

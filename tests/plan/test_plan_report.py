@@ -10,18 +10,26 @@ import pytest
 
 import bigjax
 from bigjax.errors import UserError
-from bigjax.plan import profiles, report, text
+from bigjax.plan import compiled, profiles, report, text
 
 OOM = (
   "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
-  "temporaries (32.00G) exceeds available HBM (15.75G). HLO module: jit_f.\nSee https://openxla.org/xla/errors"
+  "temporaries (32.00G) exceeds available HBM (15.75G). HLO module: jit_f.\nSee https://openxla.org/xla/errors\n"
+  "  Largest program allocations in hbm:\n\n"
+  '  1. Size: 16.00G\n     Operator: op_name="jit(step)/jvp()/dot_general" source_file="/x/bigjax/models/layers.py" '
+  "source_line=217\n     Shape: f32[65536,65536]{1,0:T(8,128)}\n     Unpadded size: 16.00G\n     ====\n\n"
+  '  2. Size: 512.00M\n     Operator: op_name="jit(step)/broadcast"\n     Shape: bf16[16384,16384]{1,0}\n'
 )
 
 
 def test_a_program_too_large_is_read_from_what_the_compiler_says():
-  found = report.too_large(OOM)
+  found = compiled.too_large(OOM)
   assert (found["needed"], found["available"]) == (32 * 2**30, int(15.75 * 2**30))
-  assert report.too_large("INVALID_ARGUMENT: something else") is None
+  assert [(b["bytes"], b["shape"], b["what"], b["line"]) for b in found["buffers"]] == [
+    (16 * 2**30, "f32[65536,65536]{1,0:T(8,128)}", "dot_general", "bigjax/models/layers.py:217"),
+    (512 * 2**20, "bf16[16384,16384]{1,0}", "broadcast", ""),
+  ]
+  assert compiled.too_large("INVALID_ARGUMENT: something else") is None
 
 
 def parts(**work):

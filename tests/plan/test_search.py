@@ -1,0 +1,47 @@
+"""The search: what can't be or can't fit is left out before a compile, the best comes with flags to paste."""
+
+import shlex
+import time
+
+import bigjax
+from bigjax.plan import kept, search
+
+
+def test_meshes_multiply_to_the_devices_and_batches_divide(small):
+  config = bigjax.resolve(small())
+  found = list(search.combinations(config, ("h100:8", 1)))
+  assert {tuple(size for _, size in c["mesh"]) for c in found} >= {(8,), (4, 2), (2, 4), (1, 8)}
+  assert {c["batch_size"] for c in found} == {8, 16, 32}
+  assert {c["model.remat"] for c in found} == set(search.REMATS)
+  for c in found:
+    ways = dict(map(tuple, c["mesh"]))["data"]
+    assert c["batch_size"] % (ways * c["accumulate"]) == 0
+
+
+def test_the_most_promising_comes_first_and_what_can_not_be_is_counted(small):
+  config = bigjax.resolve(small(model__vocab_size=500))  # Not to be split into 8.
+  found, refused = search.candidates(config, ("h100:8", 1), time.monotonic() + 60)
+  assert refused and found
+  assert [c.seconds_a_token for c in found] == sorted(c.seconds_a_token for c in found)
+
+
+def test_without_a_compiler_estimates_are_ranked_and_the_flags_are_a_command(small):
+  config = bigjax.resolve(small())
+  lines = list(search.run(config, [], ("h100:8", 1), kept.Kept(), 60.0))
+  assert any("estimates alone" in line for line in lines)
+  flags = shlex.split(lines[-1])
+  assert all(flag.startswith("--config.") for flag in flags)
+  best = next(line for line in lines if " ns " in line)
+  assert lines[-1] in best
+
+
+def test_time_being_up_ends_it(small):
+  config = bigjax.resolve(small())
+  lines = list(search.run(config, [], ("h100:8", 1), kept.Kept(), 0.0))
+  assert lines[-1] == "nothing was found that fits"
+
+
+def test_the_ranking_is_by_time_a_token():
+  rows = [dict(changes={"accumulate": n}, seconds=s, memory=2**30, about=False) for n, s in ((1, 3e-9), (2, 1e-9))]
+  lines = list(search.ranking(rows, 2**31))
+  assert lines[-1] == "--config.accumulate=2" and "50%" in lines[2]
