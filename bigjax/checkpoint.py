@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from bigjax import commits, hosts, paths, stacks
+from bigjax import commits, hosts, paths, stacks, stores
 from bigjax.commits import Damaged, Keep
 from bigjax.errors import UserError
 from bigjax.saving import Save, said
@@ -55,7 +55,7 @@ class Checkpoints:
       note: Called with a line for each thing a person should know, on process 0; prints it by default.
     """
     self._where, self._keep, self._note = where, keep or Keep(), note or _print
-    self._root = (epath.Path(workdir) if "://" in workdir else epath.Path(workdir).absolute()) / "checkpoints"
+    self._root = stores.place(workdir) / "checkpoints"
     self.directory = str(self._root)
     self._read_only = read_only
     self._known: dict[int, commits.Manifest] = {}
@@ -363,8 +363,8 @@ class Checkpoints:
     shapes = _nested(leaves)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     args = ocp.args.PyTreeRestore(shapes, restore_args=as_numpy, partial_restore=True)
-    with self._damage_said(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      return dict(_named(reader.restore(self._state(step), args=args)))
+    with self._damage_said(step):
+      return dict(_named(ocp.PyTreeCheckpointHandler().restore(self._state(step), args=args)))
 
   def __enter__(self) -> Checkpoints:
     return self
@@ -420,8 +420,8 @@ class Checkpoints:
     restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
     args = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=limit / 10**9)
-    with self._damage_said(step), ocp.Checkpointer(handler) as reader:
-      return dict(_named(reader.restore(self._state(step), args=args)))
+    with self._damage_said(step):
+      return dict(_named(handler.restore(self._state(step), args=args)))
 
   def _compare(self, step, there, wanted, conversions):
     """Restoring is strict: every leaf there, none over, shapes and types equal, but for layers stacked otherwise."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from bigjax import digests
+from bigjax import digests, stores
 
 FILE = "checkpoint.json"
 STATE = "state"  # Where the arrays are.
@@ -64,15 +64,15 @@ def place(root: epath.Path, step: int) -> epath.Path:
 
 def steps(root: epath.Path) -> list[int]:
   """Returns the steps of the checkpoints there are."""
-  found = [p for p in root.iterdir() if re.fullmatch(r"\d{8,}", p.name)]
-  if _is_remote(root):
+  found = [p for p in stores.listed(root) if re.fullmatch(r"\d{8,}", p.name)]
+  if stores.is_remote(root):
     found = [p for p in found if _is_complete(p)]
   return sorted(int(p.name) for p in found)
 
 
 def begin(root: epath.Path, step: int, token: str) -> epath.Path:
   """Makes the directory that the checkpoint of `step` is written in."""
-  if _is_remote(root):
+  if stores.is_remote(root):
     directory = place(root, step)
     if directory.exists():  # Without the file that completes it: what a run left that was killed.
       directory.rmtree()
@@ -91,7 +91,7 @@ def commit(
   _make_durable(unfinished)
   manifest = dataclasses.replace(manifest, files=digests.take(unfinished, known), time=_now())
   _write(unfinished / FILE, _text(manifest))
-  if not _is_remote(root):
+  if not stores.is_remote(root):
     _sync(unfinished)
     os.rename(unfinished, place(root, manifest.step))
     _sync(root)
@@ -101,7 +101,7 @@ def commit(
 def amend(root: epath.Path, manifest: Manifest) -> None:
   """Has a checkpoint say what `manifest` does, all of it or none."""
   file = place(root, manifest.step) / FILE
-  if _is_remote(root):
+  if stores.is_remote(root):
     _write(file, _text(manifest))
     return
   amended = root / f"{manifest.step:08d}{UNFINISHED}amended"
@@ -155,7 +155,7 @@ def set_aside(root: epath.Path, step: int) -> epath.Path:
 def remove(root: epath.Path, step: int) -> None:
   """Removes a checkpoint such that half of one is none."""
   directory = place(root, step)
-  if _is_remote(root):
+  if stores.is_remote(root):
     (directory / FILE).unlink(missing_ok=True)
   else:
     directory = directory.rename(root / f"{step:08d}{UNFINISHED}removed")
@@ -164,9 +164,9 @@ def remove(root: epath.Path, step: int) -> None:
 
 def sweep(root: epath.Path) -> None:
   """Removes what runs left that were killed while they wrote or removed."""
-  for path in list(root.iterdir()):
+  for path in stores.listed(root):
     left = UNFINISHED in path.name or ".orbax-checkpoint-tmp" in path.name
-    if left or (_is_remote(root) and re.fullmatch(r"\d{8,}", path.name) and not _is_complete(path)):
+    if left or (stores.is_remote(root) and re.fullmatch(r"\d{8,}", path.name) and not _is_complete(path)):
       with contextlib.suppress(OSError):  # It's in nobody's way.
         path.rmtree() if path.is_dir() else path.unlink()
 
@@ -214,10 +214,6 @@ def _digest(said: Mapping[str, Any]) -> str:
   return digests.of_text(json.dumps(said, sort_keys=True, separators=(",", ":")))
 
 
-def _is_remote(path) -> bool:
-  return "://" in os.fspath(path)
-
-
 def _is_complete(directory):
   return (directory / FILE).exists() or (directory / "_CHECKPOINT_METADATA").exists()
 
@@ -225,14 +221,14 @@ def _is_complete(directory):
 def _write(path, text):
   with path.open("w") as file:
     file.write(text)
-    if not _is_remote(path):
+    if not stores.is_remote(path):
       file.flush()
       os.fsync(file.fileno())
 
 
 def _make_durable(directory: epath.Path) -> None:
   """What is written reaches the disk itself before anything older goes."""
-  if _is_remote(directory):
+  if stores.is_remote(directory):
     return
   for folder, _, files in os.walk(directory):
     for path in (*(os.path.join(folder, f) for f in files), folder):

@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterator, Mapping
 
 from etils import epath
 
+from bigjax import stores
+
 ALGORITHM = "sha256"  # The fastest of hashlib where the processor has instructions for it, as most of ten years have.
 PIECE = 64 * 2**20  # Bytes that are digested as one; part of the format.
 THREADS = min(8, os.cpu_count() or 1)  # hashlib lets others run meanwhile.
@@ -72,7 +74,7 @@ def wrong(directory: epath.Path, files: Mapping[str, Digest], share: tuple[int, 
 
 
 def _files(directory) -> Iterator[str]:
-  for path in directory.iterdir():
+  for path in stores.listed(directory):
     if path.is_dir():
       yield from (f"{path.name}/{name}" for name in _files(path))
     else:

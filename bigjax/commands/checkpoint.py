@@ -209,9 +209,9 @@ def _parsed(source) -> tuple[str, int | None]:
 
 
 def _root(workdir):
-  from etils import epath
+  from bigjax import stores
 
-  root = epath.Path(workdir) / "checkpoints"
+  root = stores.place(workdir) / "checkpoints"
   if not root.is_dir():
     raise UserError(f"{workdir} holds no checkpoints.")
   return root

@@ -217,7 +217,10 @@ KINDS = {
   "grow": lambda file, draw, directory: file.write_bytes(file.read_bytes() + draw.bytes(int(draw.integers(1, 99)))),
   "empty": lambda file, draw, directory: file.write_bytes(b""),
   "remove": lambda file, draw, directory: file.unlink(),
-  "folder lost": lambda file, draw, directory: shutil.rmtree(file.parent),
+  # Without all of it there is none, which is nothing to be said.
+  "folder lost": lambda file, draw, directory: shutil.rmtree(
+    file.parent if file.parent != directory else file.parent / "state", True
+  ),
   "swap": _swap,
   "older": _older,
   "link": _link,

@@ -1,0 +1,133 @@
+"""Checkpoints in an object store are what they are in a folder: complete or not there, verified, in their order."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from bigjax import stores
+from bigjax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+# In a process of its own: the libraries read their addresses once, and leave connections behind.
+PROGRAM = """
+  import contextlib, io, json, logging, os, socket
+
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+  address = f"http://127.0.0.1:{port}"
+  os.environ.update(
+    STORAGE_EMULATOR_HOST=address, TENSORSTORE_GCS_HTTP_URL=address, GOOGLE_AUTH_TOKEN_FOR_TESTING="none"
+  )
+  from gcp_storage_emulator.server import create_server
+
+  logging.disable(logging.CRITICAL)
+  server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+  server.start()
+
+  import jax
+  import jax.numpy as jnp
+
+  from bigjax import main, sharding, stores
+  from bigjax import state as states
+  from bigjax.checkpoint import Checkpoints
+  from bigjax.commits import Keep
+
+  URL = "gs://bucket/runs/a"
+  abstract = states.TrainState(
+    jax.ShapeDtypeStruct((), jnp.int32), {"w": jax.ShapeDtypeStruct((64, 64), jnp.float32)}, {}, {}
+  )
+  shardings = sharding.shard_tree(abstract, "fsdp", sharding.make_mesh([("data", 4)]))
+
+  def state_of(step):
+    fill = lambda: states.TrainState(jnp.int32(step), {"w": jax.random.normal(jax.random.key(step), (64, 64))}, {}, {})
+    return jax.jit(fill, out_shardings=shardings)()
+
+  def said(*argv):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+      code = main.main(["checkpoint", *argv])
+    return code, out.getvalue()
+
+  found, notes = {}, []
+  root = stores.place(URL) / "checkpoints"
+  with Checkpoints(URL, Keep(last=2), note=notes.append) as checkpoints:
+    found["at first"] = checkpoints.steps(), checkpoints.latest()
+    for step in (10, 20, 30):
+      checkpoints.save(step, state_of(step), {"at": step})
+      checkpoints.wait()
+  found["after saving"] = sorted(p.name for p in root.iterdir())
+  found["verified"] = said("verify", URL)
+
+  (root / "00000040" / "state" / "d").write_text("what a killed run left")
+  with Checkpoints(URL, read_only=True) as checkpoints:
+    found["of a killed run"] = checkpoints.steps()
+    found["left by who reads"] = sorted(p.name for p in root.iterdir())
+
+  with Checkpoints(URL, Keep(last=2), note=notes.append) as checkpoints:
+    found["swept"] = sorted(p.name for p in root.iterdir())
+    state, loop = checkpoints.restore(abstract, shardings)
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), state, state_of(30))
+    found["the same"] = loop, all(jax.tree.leaves(same))
+
+  part = max((root / "00000030/state/ocdbt.process_0/d").iterdir(), key=lambda p: p.stat().length)
+  content = bytearray(part.read_bytes())
+  content[len(content) // 2] ^= 1
+  part.write_bytes(bytes(content))
+  found["damaged"] = said("verify", URL)[0]
+  with Checkpoints(URL, Keep(last=2), note=notes.append) as checkpoints:
+    found["latest"] = checkpoints.latest()
+  found["aside"] = sorted(p.name for p in root.iterdir())
+  print(json.dumps([found, notes]), flush=True)
+  os._exit(0)  # Without waiting for connections that nobody needs any more.
+"""
+
+
+@pytest.fixture(scope="module")
+def found():
+  for library in ("gcsfs", "gcp_storage_emulator"):
+    pytest.importorskip(library)
+  env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "4"}
+  command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
+  ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250, check=False)
+  assert ended.returncode == 0, ended.stderr[-3000:]
+  return json.loads(ended.stdout.splitlines()[-1])
+
+
+def test_in_a_store_they_are_saved_kept_verified_and_restored_to_the_bit(found):
+  found, _ = found
+  assert found["at first"] == [[], None]
+  assert found["after saving"] == ["00000020", "00000030"]
+  code, said = found["verified"]
+  assert code == 0 and said.count("intact") == 2
+  assert found["the same"] == [{"at": 30}, True]
+
+
+def test_what_a_killed_run_left_in_a_store_is_no_checkpoint_and_goes(found):
+  found, _ = found
+  assert found["of a killed run"] == [20, 30]
+  assert found["left by who reads"] == ["00000020", "00000030", "00000040"]
+  assert found["swept"] == ["00000020", "00000030"]
+
+
+def test_damage_in_a_store_is_found_and_the_one_before_taken(found):
+  found, notes = found
+  assert found["damaged"] == 1 and found["latest"] == 20
+  assert found["aside"] == ["00000020", "00000030.damaged"]
+  assert len(notes) == 1 and "step 30 is damaged (state/ocdbt.process_0/d/" in notes[0]
+
+
+def test_a_store_that_is_not_known_is_said_so():
+  with pytest.raises(UserError, match="mount the bucket"):
+    stores.place("ftp://host/run")
+
+
+def test_a_folder_is_a_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert os.fspath(stores.place("runs/a")) == str(tmp_path / "runs" / "a")
+  with pytest.raises(FileNotFoundError):
+    stores.listed(stores.place("not_there"))
