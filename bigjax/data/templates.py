@@ -130,6 +130,14 @@ def load(template: str) -> Render:
   return functools.partial(_rendered, _compiled(text, template), tokens)
 
 
+def opened(render: Render, messages: Sequence[Message]) -> tuple[list[Piece], str]:
+  """Returns the pieces of a conversation up to where the model answers, and the text that ends an answer."""
+  pieces = render([*messages, {"role": "assistant", "content": "x"}])
+  stop = max(i for i, piece in enumerate(pieces) if piece.learned) + 1
+  start = max((i for i, piece in enumerate(pieces[:stop]) if not piece.learned), default=-1) + 1
+  return pieces[:start], "".join(piece.text for piece in pieces[start:stop]).removeprefix("x")
+
+
 def _of_config(found, template):
   own = found.get("chat_template")
   if isinstance(own, list):  # Several, by name.

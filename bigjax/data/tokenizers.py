@@ -76,6 +76,7 @@ class Tokenizer:
   piece: int  # Characters a long text is best cut into before it is encoded, see `documents.cut`.
   _encode: Callable[[Sequence[str], bool], list[np.ndarray]]
   _decode: Callable[[list[int]], str]
+  begin: int | None = None  # The control token that a model of this vocabulary has seen before each text.
 
   def encode(self, texts: Sequence[str], *, special: bool = False) -> list[np.ndarray]:
     """Returns the tokens of each text, int32, without control tokens around them.
@@ -151,6 +152,11 @@ def load(path: str, pattern: str | None = None) -> Tokenizer:
     raise
   except Exception as e:  # The libraries raise bare exceptions, for damage too.
     raise UserError(f"tokenizer: {str(place)!r} can't be read, it may be cut short: {e}") from e
+
+
+def hugging_face(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> Tokenizer:
+  """Returns the tokenizer of what would stand in `tokenizer.json` and `tokenizer_config.json`."""
+  return _hugging_face(_library("tokenizers").Tokenizer.from_str(json.dumps(tokenizer)), _roles(config))
 
 
 def characters(text: str) -> Tokenizer:
@@ -308,7 +314,11 @@ def _config(place: pathlib.Path) -> dict[str, str]:
   """Returns which token `tokenizer_config.json` says is bos, eos, ..."""
   file = place.parent / "tokenizer_config.json"
   read = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-  found = {role: read.get(f"{role}_token") for role in _ROLES}
+  return _roles(read)
+
+
+def _roles(config):
+  found = {role: config.get(f"{role}_token") for role in _ROLES}
   return {role: t["content"] if isinstance(t, dict) else t for role, t in found.items() if t}
 
 
@@ -326,6 +336,9 @@ def _hugging_face(tokenizer, config: Mapping[str, str]) -> Tokenizer:
     number = tokenizer.token_to_id(name) if name else None
     if number is not None:
       roles[role] = number
+
+  around = tokenizer.encode("").ids  # What the library's template puts there.
+  begin = around[0] if around and around[0] == roles.get("bos") else None
 
   @functools.cache
   def reading_control_tokens():
@@ -352,6 +365,7 @@ def _hugging_face(tokenizer, config: Mapping[str, str]) -> Tokenizer:
     files=files,
     _encode=encode,
     _decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False),
+    begin=begin,
   )
 
 
@@ -422,6 +436,7 @@ def _sentencepiece(content: bytes) -> Tokenizer:
     files=lambda: {"tokenizer.model": content},
     _encode=encode,
     _decode=model.decode,
+    begin=roles.get("bos"),
   )
 
 

@@ -342,3 +342,26 @@ def tokenizer(said: Mapping[str, Any]) -> dict[str, Any] | None:
       "merges": [merge.split(" ", 1) for merge in said.get("tokenizer.ggml.merges", [])],
     },
   }
+
+
+def tokenizer_files(said: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what `transformers` keeps of a tokenizer, as JSON by the name of its file; {} for a kind not known."""
+  found = tokenizer(said)
+  if found is None:
+    return {}
+  tokens, named = said["tokenizer.ggml.tokens"], {"tokenizer_class": "PreTrainedTokenizerFast"}
+  for kind, name in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
+    if (number := said.get(f"tokenizer.ggml.{kind}_token_id")) is not None:
+      named[f"{name}_token"] = tokens[number]
+  if template := said.get("tokenizer.chat_template"):
+    named["chat_template"] = template
+  # Llama 3's converter leaves the flag out; llama.cpp then puts the token there for this kind.
+  begins = said.get("tokenizer.ggml.add_bos_token", said.get("tokenizer.ggml.pre") == "llama-bpe")
+  if begins and "bos_token" in named:
+    bos = {"id": named["bos_token"], "type_id": 0}
+    parts = [{"SpecialToken": bos}, {"Sequence": {"id": "A", "type_id": 0}}]
+    number = said["tokenizer.ggml.bos_token_id"]
+    control = {named["bos_token"]: {"id": named["bos_token"], "ids": [number], "tokens": [named["bos_token"]]}}
+    pair = [*parts, {"SpecialToken": bos | {"type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    found["post_processor"] = {"type": "TemplateProcessing", "single": parts, "pair": pair, "special_tokens": control}
+  return {"tokenizer.json": found, "tokenizer_config.json": named}

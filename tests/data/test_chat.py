@@ -74,6 +74,19 @@ def test_a_models_own_jinja_gives_the_tokens_of_the_named_template(tokenizer, tm
       np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("name", [*templates.NAMED, "its own"])
+def test_a_question_is_the_beginning_of_the_conversation(name, tmp_path):
+  (tmp_path / "own.jinja").write_text(JINJA)
+  render = templates.load(str(tmp_path / "own.jinja") if name == "its own" else name)
+  text = lambda pieces: "".join(piece.text for piece in pieces)
+  for count in (1, 2, 4):
+    asked = TALK[1:2] if count == 1 else TALK[:count]
+    pieces, over = templates.opened(render, asked)
+    answer = {"role": "assistant", "content": "Yes."}
+    assert text(render([*asked, answer])).rstrip("\n") == (text(pieces) + "Yes." + over).rstrip("\n")
+    assert over
+
+
 def test_what_somebody_wrote_is_no_control_token(tokenizer):
   talk = [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "a"}]
   ids, _ = chat.encode(tokenizer, templates.NAMED["chatml"](talk))

@@ -147,8 +147,24 @@ def test_sentencepiece_models_are_read_whatever_they_are_called(tmp_path):
   assert ids(tokenizer, "the cat sat") == reference.encode("the cat sat")
   assert tokenizer.decode(ids(tokenizer, "the cat sat")) == "the cat sat"
   assert (tokenizer.vocab_size, tokenizer.roles) == (reference.get_piece_size(), {"unk": 0, "bos": 1, "eos": 2})
+  assert tokenizer.begin == 1  # As the models are trained whose vocabularies are of this kind.
   (tmp_path / "llama3.model").write_bytes(b"IQ== 0\nIg== 1\n")  # Llama 3's tokenizer.model is tiktoken's.
   assert tokenizers.load(str(tmp_path / "llama3.model"), "gpt2").vocab_size == 2
+
+
+def test_the_token_that_texts_begin_with_is_that_of_the_file(tmp_path, trained):
+  assert trained.begin is None
+  library = lib.Tokenizer.from_str(trained.files()["tokenizer.json"].decode())
+  library.add_special_tokens(["<s>"])
+  library.post_processor = lib.processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", library.token_to_id("<s>"))]
+  )
+  library.save(str(tmp_path / "tokenizer.json"))
+  found = tokenizers.load(str(tmp_path))
+  assert found.begin == found.special["<s>"] == found.roles["bos"]
+  assert found.encode(["a cat"])[0].tolist() == trained.encode(["a cat"])[0].tolist()
+  found.save(tmp_path / "again")
+  assert tokenizers.load(str(tmp_path / "again")).begin == found.begin
 
 
 def test_a_file_with_a_length_of_its_own_does_not_cut_texts(tmp_path, trained):

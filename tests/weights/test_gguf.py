@@ -9,6 +9,7 @@ import pytest
 
 from bigjax import state as states
 from bigjax import weights
+from bigjax.data import tokenizers
 from bigjax.errors import UserError
 from bigjax.models import decoder
 from bigjax.weights import gguf
@@ -194,6 +195,28 @@ def test_llama_3_scaling_is_told_by_its_factors(tmp_path):
   shell["rope_freqs.weight"] = plain.frequencies() / scaled.frequencies()
   found = weights.open_weights(write(tmp_path / "a.gguf", keys, {n: (v, "F32") for n, v in shell.items()}))
   assert (found.options.rope_scaling, found.options.rope_factor, found.options.rope_trained) == ("llama3", 8.0, 8192)
+
+
+def test_the_tokenizer_in_a_file_is_that_of_the_model():
+  alphabet = sorted(tokenizers._spelling()(bytes([i])) for i in range(256))
+  said = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": [*alphabet, "th", "the", "<|begin|>", "<|end|>"],
+    "tokenizer.ggml.token_type": [1] * 258 + [3] * 2,
+    "tokenizer.ggml.merges": ["t h", "th e"],
+    "tokenizer.ggml.bos_token_id": 258,
+    "tokenizer.ggml.eos_token_id": 259,
+    "tokenizer.chat_template": "{{ messages }}",
+  }
+  for begins in (False, True):
+    files = gguf.tokenizer_files(said | {"tokenizer.ggml.add_bos_token": begins})
+    found = tokenizers.hugging_face(*files.values())
+    assert (found.roles["bos"], found.roles["eos"], found.begin) == (258, 259, 258 if begins else None)
+    assert found.encode(["the 12<|end|>"], special=True)[0].tolist()[0] == 257
+    assert found.decode(found.encode(["the 12<|end|>"], special=True)[0]) == "the 12<|end|>"
+    assert files["tokenizer_config.json"]["chat_template"] == "{{ messages }}"
+  assert gguf.tokenizer_files(said | {"tokenizer.ggml.model": "llama"}) == {}
 
 
 def test_damaged_and_unknown_files_are_refused(tmp_path):
