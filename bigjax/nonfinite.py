@@ -43,13 +43,22 @@ class Event:
   @property
   def origins(self) -> list[Event]:
     """Where it comes from, the first first."""
+    return [e for e in self._all if not e.causes]
+
+  @property
+  def first_nan(self) -> Event | None:
+    """The first NaN on the way; None where there is none."""
+    return next((e for e in self._all if e.nans), None)
+
+  @property
+  def _all(self) -> list[Event]:
     found, waiting = {}, [self]
     while waiting:
       event = waiting.pop()
       if id(event) not in found:
         found[id(event)] = event
         waiting += event.causes
-    return sorted((e for e in found.values() if not e.causes), key=lambda e: e.order)
+    return sorted(found.values(), key=lambda e: e.order)
 
   def __str__(self) -> str:
     what = [f"{n:,} {kind}" for n, kind in ((self.nans, "NaN"), (self.infinities, "infinite")) if n]
@@ -116,6 +125,8 @@ class _Walk:
     found = inside(self, equation.params, operands, names, turns)
     if any(t.event for t in found):
       return found  # Else it's finite one operation at a time, and the whole of it is as far as one gets.
+    if equation.primitive.name == "select_n":
+      operands = _chosen(*operands)
     causes = tuple({id(t.event): t.event for t in operands if t.event}.values())
     return [_Tensor(x, self._event(equation, x, b, names, turns, causes)) for x, b in zip(made, broken)]
 
@@ -181,6 +192,12 @@ class _Walk:
 _CALLS = ("jit", "pjit", "remat2", "checkpoint", "closed_call", "core_call", "eval_jaxpr")
 _CALLS += ("custom_jvp_call", "custom_vjp_call")
 _INSIDE = dict.fromkeys(_CALLS, _Walk.called) | {"scan": _Walk.scan, "while": _Walk.loop, "cond": _Walk.branch}
+
+
+def _chosen(which, *cases):
+  """The cases of a selection of which something broken was taken."""
+  number = np.asarray(which.value).astype(np.int32)
+  return [t for i, t in enumerate(cases) if t.event and (~np.isfinite(np.asarray(t.value)) & (number == i)).any()]
 
 
 def _scan_parts(params, operands):

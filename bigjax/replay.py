@@ -154,7 +154,7 @@ class _Named(states.Model):
 
 def named(module: nnx.Module) -> nnx.Module:
   """Returns the module, the calls of its parts under `jax.named_scope` of their place in it."""
-  places = {path: part for path, part in nnx.iter_modules(module) if path}
+  places = {path: part for path, part in nnx.iter_modules(module) if path and _methods(type(part))}
   for path, part in places.items():
     above = max((p for p in places if p != path and path[: len(p)] == p), key=len, default=())
     scope = "/".join(map(str, path[len(above) :]))
@@ -174,8 +174,9 @@ def _scoped(kind, scope):
 
 
 def _methods(kind) -> dict[str, Callable]:
-  """The calls of a module that others make."""
-  return {n: getattr(kind, n) for n in ("__call__", "features") if hasattr(kind, n)}
+  """The calls of a module that others make; a list of modules has none."""
+  names = ("__call__", "features")  # Any class has the first by its own being callable.
+  return {n: getattr(kind, n) for n in names if any(n in vars(c) for c in kind.__mro__)}
 
 
 def _under(scope, method):
@@ -195,7 +196,9 @@ def verdict(found: Again, kind: str) -> tuple[list[str], bool]:
     if broken:
       return [f"{broken[0]} is {found.measured[broken[0]]} compiled, and finite one operation at a time."], True
     return [f"Step {found.step:,} is finite on one CPU: the fault is of other devices or numbers than here."], False
-  lines = [f"first not finite: {found.origin}"]
   event = found.events[next(k for k in LOOKED_AT if k in found.events)]
+  lines = [f"first not finite: {found.origin}"]
+  if (nan := event.first_nan) is not None and nan is not found.origin:
+    lines.append(f"first NaN that came of it: {nan}")
   lines += [f"also: {e}" for e in event.origins[1:4]]
   return lines, True
