@@ -21,7 +21,10 @@ COMMANDS = {
   "diff": "what differs between two configs or workdirs",
   "repro": "run a workdir again from what it recorded, and compare",
   "report": "write the report page of a workdir anew",
-  "data": "prepare datasets",
+  "ledger": "check which examples the steps of a run were fed, or list those of a step",
+  "replay": "take the steps of a fault again, and name the first tensor that is not finite",
+  "chaos": "disturb runs at seeded moments, and compare what is left in the end to the bit",
+  "data": "prepare datasets, make vocabularies, tokenize text",
   "checkpoint": "list, show, compare, verify, convert and remove checkpoints",
   "weights": "show published weights; write a run's for transformers",
 }
