@@ -57,7 +57,6 @@ class Checkpoints:
     self._where, self._keep, self._note = where, keep or Keep(), note or _print
     self._root = stores.place(workdir) / "checkpoints"
     self.directory = str(self._root)
-    self._read_only = read_only
     self._known: dict[int, commits.Manifest] = {}
     self._intact: set[int] = set()  # Those that were verified here.
     self._saving: Save | None = None
@@ -73,6 +72,10 @@ class Checkpoints:
     """Returns the steps there are checkpoints of, damaged or not; with `coming`, that of one being written, too."""
     written = {self._saving.step} if coming and self._saving is not None else set()
     return sorted(written.union(commits.steps(self._root) if self._root.exists() else []))
+
+  def newest(self) -> int | None:
+    """Returns the newest step, damaged or not; every process has to call it, and gets the same."""
+    return hosts.agreed(max(self.steps(), default=None))
 
   # Saving
 
@@ -249,7 +252,7 @@ class Checkpoints:
   # Verifying
 
   def latest(self) -> int | None:
-    """Returns the newest step whose files are what was written; None where there is no checkpoint.
+    """Returns the newest step whose files are what was written, to go on from; None where there is no checkpoint.
 
     Every process has to call it, and gets the same. Those that are damaged get another name, and it is said so.
 
@@ -294,17 +297,12 @@ class Checkpoints:
 
   def _set_aside(self, damaged, step):
     for other, lines in damaged.items():
-      if self._read_only:
-        self._note(
-          f"The checkpoint of step {other} is damaged ({commits.joined(lines)}); that of step {step} is taken."
-        )
-      else:
-        aside = commits.set_aside(self._root, other)
-        self._known.pop(other, None)
-        self._note(
-          f"The checkpoint of step {other} is damaged ({commits.joined(lines)}); it is {aside.name} now, and the run "
-          f"goes on from that of step {step}."
-        )
+      aside = commits.set_aside(self._root, other)
+      self._known.pop(other, None)
+      self._note(
+        f"The checkpoint of step {other} is damaged ({commits.joined(lines)}); it is {aside.name} now, and the run "
+        f"goes on from that of step {step}."
+      )
 
   def _damaged(self, step, reason):
     others = ", ".join(str(s) for s in self.steps() if s != step)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import json
 import os
 import re
@@ -23,6 +24,8 @@ from bigjax import digests, stores
 FILE = "checkpoint.json"
 STATE = "state"  # Where the arrays are.
 UNFINISHED = ".unfinished-"
+# Errors that tell of what was written: it's gone, something else in its place, or the disk can't read it.
+LOSSES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
 
 
 class Damaged(OSError):
@@ -33,7 +36,7 @@ class Damaged(OSError):
 class Keep:
   """Which checkpoints stay: the last ones, one every so often, and the best by a metric."""
 
-  last: int = 1
+  last: int = 2
   every: int | None = None  # Steps.
   best: str | None = None  # A metric such as "val/accuracy"; the state is saved whenever it improves.
   mode: str = "max"
@@ -126,7 +129,8 @@ def read(root: epath.Path, step: int) -> Manifest:
     found = Manifest(**said | {"files": {n: (size, digest) for n, (size, digest) in said["files"].items()}})
   except FileNotFoundError:
     found = _of_old(directory, step)
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    _refuse_others(e)
     raise Damaged(f"{FILE}: {_one_line(e)}") from e
   if found.step != step:
     raise Damaged(f"it is that of step {found.step}")
@@ -134,11 +138,16 @@ def read(root: epath.Path, step: int) -> Manifest:
 
 
 def wrong(root: epath.Path, step: int, share: tuple[int, int] = (0, 1)) -> list[str]:
-  """Returns what is wrong with the checkpoint of `step`, or with the i-th of n parts of it; nothing if it's intact."""
+  """Returns what is wrong with the checkpoint of `step`, or with the i-th of n parts of it; nothing if it's intact.
+
+  Raises:
+    OSError: It can't be read at the moment, for a reason that says nothing of it.
+  """
   try:
     files = read(root, step).files
     return [] if files is None else digests.wrong(place(root, step), files, share)
   except OSError as e:
+    _refuse_others(e)
     return [_one_line(e)]
 
 
@@ -192,6 +201,12 @@ def measure(keep: Keep) -> str:
   return f"{keep.mode} {keep.best}"
 
 
+def _refuse_others(error):
+  """Raises an error of a disk that is gone or of a permission again: what was written may well be there."""
+  if isinstance(error, OSError) and error.errno is not None and error.errno not in LOSSES:
+    raise error
+
+
 def _of_old(directory, step):
   """What there is to know of a checkpoint from before there were digests."""
   if not (directory / "_CHECKPOINT_METADATA").exists():
@@ -201,6 +216,7 @@ def _of_old(directory, step):
     metric = directory / "metrics" / "metrics"
     best = json.loads(metric.read_text()) if metric.exists() else {}
   except (OSError, ValueError) as e:
+    _refuse_others(e)
     raise Damaged(_one_line(e)) from e
   return Manifest(step=step, loop=said, metric=best.get("best"), of=best.get("of"))
 

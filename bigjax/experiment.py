@@ -70,7 +70,7 @@ class ClipConfig:
 class KeepConfig:
   """Which checkpoints stay."""
 
-  last: int = 1  # The newest ones.
+  last: int = 2  # The newest ones: one to go on from, and one in case that is damaged.
   every: Duration | None = None  # And one every so often.
   best: str | None = None  # And the best by this metric, "val/accuracy", saved whenever it improves.
   mode: Literal["max", "min"] = "max"

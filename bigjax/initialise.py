@@ -31,7 +31,7 @@ def _whole(run, init, key):
     raise UserError("config.init_from.whole: adapters start with their first step; take the parameters only.")
   allowed = changes.Changes(rules=init.rules, drop=init.drop, resize=init.resize, cast=init.cast)
   with Checkpoints(init.workdir, read_only=True, where="config.init_from.workdir") as checkpoints:
-    step = checkpoints.latest() if init.step is None else init.step
+    step = checkpoints.newest() if init.step is None else init.step
     if step is None:
       raise UserError(f"config.init_from.workdir={init.workdir} has no checkpoint yet.")
     checkpoints.verify(step)

@@ -150,7 +150,7 @@ def evaluate(config: TrainConfig, workdir: str, step: int | None = None) -> tupl
   """Measures the last checkpoint in `workdir`, or that of `step`, by all of the config's evaluators, on any mesh."""
   run = build(config)
   with jax.set_mesh(run.mesh), Checkpoints(workdir, read_only=True) as checkpoints:
-    step = checkpoints.latest() if step is None else step
+    step = checkpoints.newest() if step is None else step
     if step is None:
       raise UserError(f"--workdir={workdir} has no checkpoint yet.")
     state, _ = tuned.restore(run, checkpoints, step)

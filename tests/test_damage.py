@@ -1,5 +1,6 @@
 """A checkpoint that is not what was written is never read; a disk that fails costs no more than it must."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -126,6 +127,24 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_an_error_that_names_the_othe
   assert (workdir / "checkpoints" / "00000030").is_dir()
 
 
+def test_what_can_not_be_read_at_the_moment_is_not_taken_for_damaged(workdir):
+  before, held = resource.getrlimit(resource.RLIMIT_NOFILE), []
+  with opened(workdir) as checkpoints:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, before[1]))
+    try:
+      with contextlib.suppress(OSError):
+        while True:
+          held.append(os.open("/dev/null", os.O_RDONLY))
+      with pytest.raises(OSError, match="Too many open files") as e:
+        checkpoints.verify(30)
+    finally:
+      resource.setrlimit(resource.RLIMIT_NOFILE, before)
+      for descriptor in held:
+        os.close(descriptor)
+    assert not isinstance(e.value, Damaged)
+    assert checkpoints.latest() == 30 and checkpoints.steps() == [10, 20, 30]
+
+
 def test_without_an_intact_checkpoint_nothing_starts_anew_and_nothing_is_renamed(workdir):
   for step in (10, 20, 30):
     flip(files_of(workdir, step)[-1], 3)
@@ -134,13 +153,6 @@ def test_without_an_intact_checkpoint_nothing_starts_anew_and_nothing_is_renamed
     checkpoints.latest()
   assert all(f"step {s}: " in str(e.value) for s in (10, 20, 30))
   assert sorted((workdir / "checkpoints").iterdir()) == before
-
-
-def test_who_only_reads_renames_nothing(workdir):
-  flip(files_of(workdir, 30)[-1], 3)
-  with opened(workdir, notes := [], read_only=True) as checkpoints:
-    assert checkpoints.latest() == 20
-  assert (workdir / "checkpoints" / "00000030").is_dir() and "that of step 20 is taken" in notes[0]
 
 
 def test_a_checkpoint_from_before_there_were_digests_is_read_and_said_to_be_unverified(workdir):

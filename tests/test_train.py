@@ -214,8 +214,8 @@ def test_one_checkpoint_every_so_often_is_kept_also_between_the_others(tmp_path)
 def test_the_best_by_another_metric_is_forgotten_when_the_config_changes(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     StopAfter(patch, 6)
-    train.train(tiny(keep=dict(best="val/loss", mode="max")), str(tmp_path))
-  train.train(tiny(keep=dict(best="val/loss", mode="min")), str(tmp_path))
+    train.train(tiny(keep=dict(last=1, best="val/loss", mode="max")), str(tmp_path))
+  train.train(tiny(keep=dict(last=1, best="val/loss", mode="min")), str(tmp_path))
   values = {r["step"]: r["val/loss"] for r in rows(tmp_path) if "val/loss" in r and r["step"] > 6}
   with train.Checkpoints(str(tmp_path), read_only=True) as checkpoints:
     assert checkpoints.steps() == sorted({min(values, key=values.get), 12})
@@ -324,7 +324,7 @@ def test_init_from_takes_batch_statistics_with_the_parameters(tmp_path):
 def test_a_damaged_checkpoint_is_a_fault_told_in_words(tmp_path):
   train.train(tiny(), str(tmp_path))
   shutil.rmtree(tmp_path / "checkpoints" / "00000012" / "state")
-  with pytest.raises(OSError, match="00000012 is damaged.*move it away"):
+  with pytest.raises(OSError, match="00000012 is damaged.*take an earlier one"):
     train.evaluate(tiny(), str(tmp_path))
 
 
@@ -402,8 +402,6 @@ def test_a_run_goes_on_with_its_layers_in_another_form_on_another_mesh(tmp_path)
   train.train(tiny(model=vit, evals={}), broken)
   # As if it had been stopped at step 8.
   shutil.rmtree(os.path.join(broken, "checkpoints", "00000012"))
-  train.train(tiny(model=vit, evals={}, keep=dict(last=3)), str(tmp_path / "source"))
-  shutil.copytree(tmp_path / "source" / "checkpoints" / "00000008", os.path.join(broken, "checkpoints", "00000008"))
   scanned = tiny(
     model=vit | dict(scan=True, remat="full"), evals={}, mesh=(("data", 4), ("pipe", 2)), sharding="fsdp+pipe"
   )

@@ -152,10 +152,12 @@ def _convert(args, overrides) -> int:
 
   config = configs.resolve(described, experiment.TrainConfig)
   run = experiment.build(config)
+  if run.borrows:
+    raise UserError(f"{args.source} holds adapters of another run's model, which are what they are.")
   rules = (*((regex, None) for regex in args.fresh), (".*", r"\g<0>"))
   allowed = changes.Changes(rules=rules, drop=args.drop, resize=args.resize, cast=args.cast, where="convert")
   with jax.set_mesh(run.mesh), Checkpoints(workdir, read_only=True, where="SOURCE") as checkpoints:
-    step = checkpoints.latest() if step is None else step
+    step = checkpoints.newest() if step is None else step
     checkpoints.verify(step)
     fresh = lambda: run.init(jax.random.key(config.seed))
     state, report = changes.take(checkpoints, step, run.abstract, run.shardings, allowed, fresh)
@@ -224,7 +226,7 @@ def _open(source):
   workdir, step = _parsed(source)
   opened = Checkpoints(workdir, read_only=True, where=source)
   if step is None:
-    step = opened.latest()
+    step = opened.newest()
   if step is None or step not in opened.steps():
     raise UserError(f"{source}: there are checkpoints of steps {', '.join(map(str, opened.steps())) or 'none'}.")
   opened.verify(step)
