@@ -102,7 +102,7 @@ def read(spec: str, overrides: Sequence[str] = ()):
     config = _get_config(file, arg)
   if not isinstance(config, Mapping | ml_collections.ConfigDict):
     raise UserError(f"--config={spec} gives {config!r}; a config is a ConfigDict or a dict.")
-  return _override(config, overrides)
+  return override(config, overrides)
 
 
 def _get_config(file, arg):
@@ -134,7 +134,7 @@ def _mistakes_located(file):
     raise UserError(f"--config={file} can't be read: {type(e).__name__}: {e}{place}") from e
 
 
-def _override(config, overrides):
+def override(config: Any, overrides: Sequence[str]):
   """Applies `--config.a.b=value` through ml_collections' own flags; the schema, not the old value, decides the type."""
   import ml_collections
   from absl import flags

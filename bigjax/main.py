@@ -16,6 +16,7 @@ COMMANDS = {
   "train": "train a config, or go on where its workdir stopped",
   "eval": "measure a checkpoint by the config's evaluators",
   "generate": "write on where a prompt ends, with a run's model or published weights",
+  "embed": "how alike texts are to a published encoder, and their vectors",
   "explain": "every parameter's layout, every activation's axes, every collective of the compiled step",
   "plan": "compile the step for TPUs that need not be there: memory, work, communication, time, cost",
   "diff": "what differs between two configs or workdirs",

@@ -16,13 +16,18 @@ from bigjax.errors import UserError
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(prog="bigjax generate", description=__doc__, allow_abbrev=False)
   add = parser.add_argument
-  add("--workdir", help="the directory of a run; --config.mesh=... and such override what it was trained with")
-  add("--weights", metavar="PATH", help="published weights instead: a folder of safetensors, or a GGUF file")
+  add("--workdir", help="the directory of a run; --config.mesh=... overrides where it was trained")
+  add(
+    "--weights", metavar="PATH", help="published weights instead: safetensors' folder, a GGUF file; --config.mesh=..."
+  )
   add("--step", type=int, help="the step of a run's checkpoint; the last one otherwise")
   add("--tokenizer", metavar="PATH", help="'byte', or the file or folder of one; that of the run's data otherwise")
   add("--prompt", action="append", default=[], help="may be given several times: one batch")
   add("--prompts", metavar="FILE", help="a prompt a line")
   add("--special", action="store_true", help="names of control tokens in a prompt stand for them")
+  text = "the prompt is what a user says: chatml, llama3, gemma, phi3, mistral, plain, or the folder of a model"
+  add("--template", metavar="NAME", help=text)
+  add("--system", metavar="TEXT", help="what a conversation begins with, with --template")
   add("--samples", type=int, default=1, help="answers to each prompt")
   add("--max_tokens", type=int, help="of an answer; as many as the model's context has room for otherwise")
   add("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
@@ -42,18 +47,19 @@ def main(argv: list[str]) -> int:
     raise UserError("give one of --workdir and --weights.")
   if args.samples < 1:
     raise UserError(f"--samples: {args.samples} is no number of answers; give 1 or more.")
+  if args.system is not None and args.template is None:
+    raise UserError("--system is part of a conversation; say with --template how the model reads one.")
   prompts = [prompt for prompt in _prompts(args) for _ in range(args.samples)]
 
   use_cache(args.compile_cache)
   from bigjax.infer.sampling import Sampling
-  from bigjax.infer.text import Writer
 
   names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
   how = dict(sampling=Sampling(**{name: getattr(args, name) for name in names}))
-  names = ("stop", "special", "max_tokens", "seed", "log_probabilities", "cache", "flush")
+  names = ("stop", "special", "template", "system", "max_tokens", "seed", "log_probabilities", "cache", "flush")
   how |= {name: getattr(args, name) for name in names}
-  generator, tokenizer = _of_run(args, overrides) if args.workdir else _of_weights(args, overrides)
-  _show(Writer(generator, tokenizer).stream(prompts, **how), prompts, args)
+  writer = _of_run(args, overrides) if args.workdir else _of_weights(args, overrides)
+  _show(writer.stream(prompts, **how), prompts, args)
   return 0
 
 
@@ -71,7 +77,7 @@ def _prompts(args):
 
 
 def _of_run(args, overrides):
-  """The generator and the tokenizer of a run."""
+  """The writer of a run."""
   record.read_config(args.workdir)  # A directory that holds no run is said so before anything else.
   config = configs.read(os.path.join(args.workdir, "config.json"), overrides)
 
@@ -79,47 +85,44 @@ def _of_run(args, overrides):
   from bigjax.checkpoint import Checkpoints
   from bigjax.data import tokenizers
   from bigjax.infer.decode import Generator
-  from bigjax.infer.text import tokenizer_of
+  from bigjax.infer.text import Writer, tokenizer_of
 
   run = experiment.build(configs.resolve(config, experiment.TrainConfig))
+  generator = Generator(run.model.bind, (run.abstract.params, run.abstract.extras), run.layout)
+  generator.check([])
   tokenizer = tokenizers.load(args.tokenizer) if args.tokenizer else tokenizer_of(run.data.source)
   if tokenizer is None:
     raise UserError("config.data.source: it has no tokenizer that is known here; name one with --tokenizer.")
+  writer = Writer(generator, tokenizer)  # What doesn't fit together is said before anything is read.
   with Checkpoints(args.workdir, read_only=True) as checkpoints:
     found = tuned.restore(run, checkpoints, args.step)
   if found is None:
     raise UserError(f"--workdir={args.workdir} has no checkpoint yet.")
-  return Generator(run.model.bind, (found[0].params, found[0].extras), run.layout), tokenizer
+  return writer.of(found[0].params, found[0].extras)
 
 
 def _of_weights(args, overrides):
-  """The generator and the tokenizer of published weights."""
-  if overrides:
-    raise UserError(f"{overrides[0].partition('=')[0]} is not known for published weights.")
+  """The writer of published weights."""
   if args.step is not None:
     raise UserError("--step is for a workdir.")
-  from flax import nnx
-
-  from bigjax import state, weights
   from bigjax.data import tokenizers
   from bigjax.infer.decode import Generator
-  from bigjax.weights import configs as known
+  from bigjax.infer.text import Writer
+  from bigjax.weights import published
 
-  found = weights.open_weights(args.weights)
-  make = known.MODELS[found.family.model].make
-  model = state.Model(lambda rngs: make(**found.arguments, rngs=rngs))
-  options = nnx.eval_shape(lambda: model.build(rngs=nnx.Rngs(0))).options
-  folder = args.weights if os.path.isdir(args.weights) else os.path.dirname(args.weights) or "."
-  tokenizer = tokenizers.load(args.tokenizer or folder)
-  params, extras, _ = weights.load(found, options, *model.abstract)
-  return Generator(model.bind, (params, extras)), tokenizer
+  placement = configs.resolve(configs.override({}, overrides), published.Placement)
+  found = published.open_model(args.weights, placement)
+  generator = Generator(found.model.bind, found.abstract, found.layout)
+  generator.check([])
+  tokenizer = tokenizers.load(args.tokenizer) if args.tokenizer else found.tokenizer()
+  return Writer(generator, tokenizer).of(*found.read())
 
 
 def _show(stream, prompts, args):
   """Prints one answer as it comes, several when all of them are there."""
   alone, shown = len(prompts) == 1 and not args.json, 0
   if alone:
-    print(prompts[0], end="", flush=True)
+    print(prompts[0], end="\n" if args.template else "", flush=True)
   for answers in stream:
     if alone:
       print(answers[0].text[shown:], end="", flush=True)
@@ -134,7 +137,8 @@ def _show(stream, prompts, args):
       print(json.dumps(found, ensure_ascii=False))
       continue
     if not alone:
-      print(f"{'' if i == 0 else chr(10)}--- {i}\n{prompt}{answer.text}")
+      between = "\n" if args.template else ""
+      print(f"{'' if i == 0 else chr(10)}--- {i}\n{prompt}{between}{answer.text}")
     if args.log_probabilities:
       count = len(answer.tokens)
       print(f"log-probability {sum(answer.log_probabilities):.4f} of {count} tokens", file=sys.stderr)

@@ -62,9 +62,12 @@ def _export(args) -> int:
   else:
     if args.step is not None:
       raise UserError("--step is for a workdir.")
-    found, options, params, extras = _published(args.source)
+    from bigjax.weights import published
+
+    found = published.open_model(args.source)
+    options, (params, extras) = found.options, found.read()
     like = like or (args.source if os.path.isdir(args.source) else None)
-    beside = _tokenizer(found)
+    beside = _tokenizer(found.weights)
   how = dict(dtype=args.dtype, architecture=args.architecture, like=like, beside=beside)
   family = weights.save(args.directory, options, params, extras, shard_size=int(args.shard_size), **how)
   files = sorted(os.listdir(args.directory))
@@ -108,31 +111,9 @@ def _merged(config, args):
   return run.model.merged(found[0].params, found[0].extras)
 
 
-def _published(source):
-  from flax import nnx
-
-  from bigjax import state, weights
-  from bigjax.weights import configs as known
-
-  found = weights.open_weights(source)
-  make = known.MODELS[found.family.model].make
-  model = state.Model(lambda rngs: make(**found.arguments, rngs=rngs))
-  options = nnx.eval_shape(lambda: model.build(rngs=nnx.Rngs(0))).options
-  return found, options, *weights.load(found, options, *model.abstract)[:2]
-
-
 def _tokenizer(found):
   """The files that `transformers` wants of a GGUF file's tokenizer."""
   from bigjax.weights import gguf
 
-  if not found.path.endswith(".gguf") or (said := gguf.tokenizer(found.config)) is None:
-    return {}
-  tokens = found.config["tokenizer.ggml.tokens"]
-  named = {"tokenizer_class": "PreTrainedTokenizerFast"}
-  for kind in ("bos", "eos", "padding"):
-    if (number := found.config.get(f"tokenizer.ggml.{kind}_token_id")) is not None:
-      named[f"{kind[:3]}_token"] = tokens[number]
-  if template := found.config.get("tokenizer.chat_template"):
-    named["chat_template"] = template
-  text = lambda value: json.dumps(value, ensure_ascii=False)
-  return {"tokenizer.json": text(said), "tokenizer_config.json": text(named)}
+  said = gguf.tokenizer_files(found.config) if found.path.endswith(".gguf") else {}
+  return {name: json.dumps(content, ensure_ascii=False) for name, content in said.items()}

@@ -77,6 +77,7 @@ class Generator:
     stopped: Callable[[int, list[int]], bool] = lambda row, tokens: False,
     log_probabilities: bool = False,
     cache: str | None = None,
+    vocabulary: int | None = None,
     flush: int = FLUSH,
   ) -> Iterator[Piece]:
     """Yields tokens as they come.
@@ -91,13 +92,14 @@ class Generator:
       stopped: is asked of each row with its new tokens, and ends it.
       log_probabilities: whether there are any.
       cache: the type of the cache's numbers, such as "int8"; the model's if None.
+      vocabulary: only the first so many tokens are drawn: those that stand for text, where a model has some more.
       flush: tokens a row that a piece has, at most.
 
     Raises:
       UserError: Prompts that the model can't take; logits that are no numbers.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    self._check(prompts, lengths, max_tokens, flush)
+    self._check(prompts, lengths, max_tokens, flush, seed)
     if not len(prompts):
       return
     limits = self.context - lengths
@@ -122,7 +124,7 @@ class Generator:
           slots = power_of_two(width + end)
           state = self._grow(state, slots, cache)
         call = (keys, limits, over, np.int32(end), sampling.numbers())
-        how = (flush, sampling.on, tuple(stop_tokens), log_probabilities)
+        how = (flush, sampling.on, tuple(stop_tokens), log_probabilities, vocabulary)
         state, out = self._more(self.weights, state, *call, *how)
         made, over, chosen, likely, bad = jax.device_get(out)
         if bad.any():
@@ -150,25 +152,28 @@ class Generator:
     with sharding.use(self.layout):
       jax.eval_shape(lambda *weights: found.append(self.bind(*weights)), *self.weights)
     if not hasattr(found[0], "extend"):
-      raise UserError(f"config.model: {type(found[0]).__name__} is no model that generates. Take gpt or decoder.")
+      raise UserError(f"config.model: {type(found[0]).__name__} is no model that writes on. Take gpt or decoder.")
     return found[0]
 
   def check(self, sequences: Sequence[Sequence[int]], what: str = "prompt") -> None:
-    """Raises unless the model knows every token and the sequences fit its context."""
+    """Raises unless the model generates, knows every token, and has room for the sequences."""
+    context, size = self.context, self.vocab_size
     for row, tokens in enumerate(sequences):
       if not len(tokens):
         raise UserError(f"{what} {row} is empty; it takes a token to begin with.")
-      if len(tokens) > self.context:
-        raise UserError(f"{what} {row} has {len(tokens):,} tokens, and the model's context is {self.context:,}.")
-      if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
-        wrong = next(t for t in tokens if not 0 <= t < self.vocab_size)
+      if len(tokens) > context:
+        raise UserError(f"{what} {row} has {len(tokens):,} tokens, and the model's context is {context:,}.")
+      if not 0 <= min(tokens) <= max(tokens) < size:
+        wrong = next(t for t in tokens if not 0 <= t < size)
         raise UserError(
-          f"{what} {row} has token {wrong}, and the model's vocabulary {self.vocab_size:,}: the tokenizer is not "
+          f"{what} {row} has token {wrong}, and the model's vocabulary {size:,}: the tokenizer is not "
           "the one it was trained with."
         )
 
-  def _check(self, prompts, lengths, max_tokens, flush):
+  def _check(self, prompts, lengths, max_tokens, flush, seed):
     self.check(prompts)
+    if not 0 <= seed < 2**32:
+      raise UserError(f"seed: {seed} is outside 0 to {2**32 - 1:,}, in which seeds differ.")
     if max_tokens is not None and max_tokens < 1:
       raise UserError(f"max_tokens: {max_tokens} is no number of tokens to generate; give 1 or more.")
     if flush < 1:
@@ -211,8 +216,8 @@ class Generator:
 
   @functools.cached_property
   def _more(self):
-    @functools.partial(jax.jit, static_argnums=(7, 8, 9, 10), donate_argnums=1)
-    def more(weights, state, keys, limits, over, end, numbers, flush, on, stop_tokens, log_probabilities):
+    @functools.partial(jax.jit, static_argnums=(7, 8, 9, 10, 11), donate_argnums=1)
+    def more(weights, state, keys, limits, over, end, numbers, flush, on, stop_tokens, log_probabilities, vocabulary):
       module, first = self.bind(*weights), state.made
       batch = len(limits)
 
@@ -220,9 +225,9 @@ class Generator:
         state, chosen, likely, bad = carry
         hidden, cache = module.extend(state.last[:, None], state.cache)
         logits = module.unembed(hidden)[:, 0]
-        token = samplings.choose(
-          logits, on, numbers, jax.vmap(jax.random.fold_in, (0, None))(keys, state.made), state.seen
-        )
+        seen = None if state.seen is None else state.seen[:, :vocabulary]
+        drawn_by = jax.vmap(jax.random.fold_in, (0, None))(keys, state.made)
+        token = samplings.choose(logits[:, :vocabulary], on, numbers, drawn_by, seen)
         logit = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
         bad = bad | (~jnp.isfinite(logit) & ~state.done)
         place = state.made - first

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bigjax.data import tokenizers
+from bigjax.data import chat, templates, tokenizers
 from bigjax.data.tokenizers import Tokenizer
 from bigjax.errors import UserError
 from bigjax.infer.decode import Generator
@@ -38,14 +38,28 @@ class Writer:
   def __post_init__(self):
     self.tokenizer.check_model(self.generator.vocab_size)
 
+  def of(self, *weights: Any) -> "Writer":
+    """Returns the same with these weights, where shapes stood for them."""
+    return dataclasses.replace(self, generator=dataclasses.replace(self.generator, weights=weights))
+
   def encode(self, prompts: Sequence[str], *, special: bool = False) -> list[list[int]]:
-    """Returns the tokens of prompts; of an empty one the token that begins a text, if there is one."""
-    begin = self.tokenizer.roles.get("bos", self.tokenizer.roles.get("eos"))
+    """Returns the tokens of prompts, after the one that the vocabulary begins a text with; an empty one has one."""
+    roles, begin = self.tokenizer.roles, self.tokenizer.begin
     found = [tokens.tolist() for tokens in self.tokenizer.encode(prompts, special=special)]
-    return [tokens if tokens or begin is None else [begin] for tokens in found]
+    if begin is not None:
+      return [tokens if tokens[:1] == [begin] else [begin, *tokens] for tokens in found]
+    alone = roles.get("bos", roles.get("eos"))
+    return [tokens if tokens or alone is None else [alone] for tokens in found]
 
   def stream(
-    self, prompts: Sequence[str], *, stop: Sequence[str] = (), special: bool = False, **how: Any
+    self,
+    prompts: Sequence[str],
+    *,
+    stop: Sequence[str] = (),
+    special: bool = False,
+    template: str | None = None,
+    system: str | None = None,
+    **how: Any,
   ) -> Iterator[list[Answer]]:
     """Yields the answers as far as they are, again and again; they are the same objects.
 
@@ -53,13 +67,21 @@ class Writer:
       prompts: text, one answer each.
       stop: strings that end an answer. The vocabulary's token for the end does in any case.
       special: takes names of control tokens in a prompt for the tokens.
+      template: how the model reads a conversation, see `templates.load`; a prompt is then what its user says.
+      system: what such a conversation begins with.
       **how: arguments of `Generator.stream`.
     """
     if "" in stop:
       raise UserError("stop: an empty string would end every answer before it begins.")
-    end = self.tokenizer.roles.get("eos")
-    answers = [Answer(tokens) for tokens in self.encode(prompts, special=special)]
+    end, room = self.tokenizer.roles.get("eos"), self.tokenizer.vocab_size
+    if template is None:
+      tokens = self.encode(prompts, special=special)
+    else:
+      tokens, over = self._asked(prompts, templates.load(template), system)
+      stop = [*stop, over] if over else stop
+    answers = [Answer(prompt) for prompt in tokens]
     how |= dict(stop_tokens=() if end is None else (end,), stopped=lambda row, _: answers[row].ended is not None)
+    how |= dict(vocabulary=room if room < self.generator.vocab_size else None)
     for piece in self.generator.stream([answer.prompt for answer in answers], **how):
       for answer, tokens, log_p in zip(answers, *piece, strict=True):
         answer.log_probabilities += log_p
@@ -71,6 +93,14 @@ class Writer:
       if answer.ended is None:
         answer.text, answer.ended = self._decode(answer, answer.tokens), "length"
     yield answers
+
+  def _asked(self, prompts, render, system):
+    """Returns the tokens of conversations up to where the model answers, and the text that ends an answer."""
+    first, found, over = [] if system is None else [{"role": "system", "content": system}], [], ""
+    for prompt in prompts:
+      pieces, over = templates.opened(render, [*first, {"role": "user", "content": prompt}])
+      found.append(chat.encode(self.tokenizer, pieces)[0].tolist())
+    return found, over
 
   def _add(self, answer, tokens, stop, end):
     before = len(answer.tokens)
@@ -104,8 +134,10 @@ def _sure(text: str, stop: Sequence[str]) -> int:
 
 def tokenizer_of(source: Any) -> Tokenizer | None:
   """Returns the tokenizer that the tokens of a source of text are made with; None if it has none."""
-  if hasattr(source, "store"):
-    return source.store.tokenizer
+  if hasattr(source, "store"):  # A text begins as the documents of the store do.
+    return dataclasses.replace(source.store.tokenizer, begin=source.store.index["bos"])
+  if hasattr(source, "tokenizer"):
+    return source.tokenizer
   if hasattr(source, "vocabulary"):
     return tokenizers.load("byte") if source.vocabulary is None else tokenizers.characters(source.vocabulary)
   return next((found for part in getattr(source, "sources", ()) if (found := tokenizer_of(part)) is not None), None)

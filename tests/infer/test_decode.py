@@ -101,6 +101,29 @@ def test_a_penalty_keeps_tokens_from_coming_again(generator):
   assert len(set(found + PROMPTS[2])) == 4 + 10 or set(found) | set(PROMPTS[2]) >= set(range(14)) - {0, 13}
 
 
+def test_tokens_that_stand_for_nothing_are_not_drawn(generator):
+  """A model may have more rows than its vocabulary, so that their number divides well."""
+  for sampling in (decode.GREEDY, Sampling(temperature=3.0, repetition_penalty=1.3, top_k=5)):
+    how = dict(max_tokens=16, sampling=sampling, log_probabilities=True)
+    found = generator.generate(PROMPTS, vocabulary=6, **how)
+    assert {token for row in found for token in row.tokens} <= set(range(6))
+    assert max(token for row in generator.generate(PROMPTS, **how) for token in row.tokens) >= 6
+  first = generator.generate(PROMPTS[:1], max_tokens=1, vocabulary=6, log_probabilities=True)[0]
+  log_p = jax.nn.log_softmax(generator.bind(*generator.weights)(jnp.asarray(PROMPTS[:1])))[0, -1]
+  assert first.tokens == [int(log_p[:6].argmax())]
+  np.testing.assert_allclose(first.log_probabilities, [log_p[:6].max()], atol=1e-5)  # Of the model, all tokens in it.
+
+
+def test_a_cache_in_int8_says_nearly_the_same(generator):
+  how = dict(max_tokens=12, log_probabilities=True)
+  exact, narrow = (generator.generate(PROMPTS[2:3], cache=cache, **how)[0] for cache in (None, "int8"))
+  same = [a == b for a, b in zip(exact.tokens, narrow.tokens)]
+  until = same.index(False) if False in same else len(same)
+  assert until >= 4
+  apart = np.abs(np.subtract(exact.log_probabilities, narrow.log_probabilities))[:until]
+  assert 0 < apart.max() < 0.1
+
+
 def test_a_mesh_gives_the_same(generator):
   mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
   (params,) = generator.weights
@@ -129,6 +152,12 @@ def test_prompts_that_can_not_be_taken_are_refused(generator, prompt, said):
 def test_numbers_of_tokens_are_positive(generator):
   with pytest.raises(UserError, match="max_tokens: 0"):
     generator.generate([[1]], max_tokens=0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_that_would_be_another_are_refused(generator, seed):
+  with pytest.raises(UserError, match="seed"):
+    generator.generate([[1]], seed=seed)
 
 
 def test_logits_that_are_no_numbers_are_refused(generator):

@@ -17,7 +17,7 @@ from bigjax import experiment, initialise, main, paths, sharding, train, weights
 from bigjax import state as states
 from bigjax.errors import UserError
 from bigjax.models import bert, decoder, decoder_block
-from bigjax.weights import configs, gguf, reading, safetensors
+from bigjax.weights import configs, gguf, published, reading, safetensors
 
 SMALL = dict(vocab_size=24, context=16, width=16, depth=4, heads=4, kv_heads=2, mlp_dim=32, tied=True)
 MIXTRAL = dict(vocab_size=24, context=16, width=16, depth=4, heads=4, kv_heads=2, mlp_dim=32, experts=4, top_k=2)
@@ -328,6 +328,16 @@ def test_a_run_starts_from_published_weights_and_its_own_can_be_published(small,
   found, _, _ = load(str(tmp_path / "out"))
   moved = np.asarray(found["norm"]["scale"]) - np.asarray(params["norm"]["scale"])
   assert np.abs(moved).max() > 0  # Two steps of training.
+
+
+def test_weights_are_laid_out_over_a_mesh_for_use(small):
+  path, params = small
+  placement = published.Placement(mesh=(("data", 4), ("tensor", 2)))
+  found, _ = published.open_model(path, placement).read()
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), found, params)
+  assert found["blocks"]["0"]["mlp"]["up"]["kernel"].sharding.shard_shape((16, 32)) == (16, 16)
+  with pytest.raises(UserError, match="config.mesh: .* does not make up the 8 devices"):
+    published.open_model(path, published.Placement(mesh=(("data", 3),)))
 
 
 def test_leaves_can_stay_fresh(small, tmp_path, capsys):
