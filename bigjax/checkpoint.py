@@ -428,10 +428,10 @@ class Checkpoints:
     show = lambda leaf: f"{leaf[1]}{list(leaf[0])}"
     lines = [f"  - {n}  {show(there[n])}  in the checkpoint only" for n in there if n not in wanted]
     lines += [f"  + {n}  {show(wanted[n])}  in this config only" for n in wanted if n not in there]
+    differ = [n for n in wanted if n in there and there[n] != wanted[n]]
     lines += [
-      f"  ! {n}  checkpoint {show(there[n])}, config {show(wanted[n])}"
-      for n in wanted
-      if n in there and there[n] != wanted[n]
+      f"  ! {n}  checkpoint {show(there[n])}, config {show(wanted[n])}: another {_kind(there[n], wanted[n])}"
+      for n in differ
     ]
     if lines:
       more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
@@ -439,7 +439,8 @@ class Checkpoints:
         f"The checkpoint of step {step} in {self.directory} is not of this config's state:\n"
         + "\n".join(lines[:20])
         + more
-        + "\nUse another --workdir, the config it was made with, or config.init_from to take parts of it."
+        + "\nUse another --workdir, the config it was made with, or config.init_from to take parts of it, or all of it "
+        "with changes (init_from.whole)."
       )
 
 
@@ -458,6 +459,14 @@ def _groups(conversions, there):
     group, size = [*group, c], size + more
   if group:
     yield group
+
+
+def _kind(there, wanted):
+  """In what two leaves (shape, type) differ."""
+  sizes = [math.prod(shape) for shape, _ in (there, wanted)]
+  kinds = ["precision"] if there[1] != wanted[1] else []
+  kinds += ["size"] if sizes[0] != sizes[1] else ["layout"] if there[0] != wanted[0] else []
+  return " and ".join(kinds)
 
 
 def _size(leaf):

@@ -1,5 +1,6 @@
 """A checkpoint belongs to no mesh and to no form of its layers; beside that, restoring it is strict."""
 
+import asyncio
 import itertools
 import zlib
 
@@ -174,6 +175,23 @@ def test_what_is_not_the_same_layers_is_refused_with_the_difference(tmp_path, ca
   saved(tmp_path, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), there))
   with pytest.raises(UserError, match=r"not of this config's state:\n  [-+!] params/"):
     restored(tmp_path, wanted)
+
+
+def test_a_leaf_of_another_precision_size_or_layout_is_told_so(tmp_path):
+  saved(tmp_path, {"a": jnp.zeros((4, 6)), "b": jnp.zeros(4), "c": jnp.zeros((2, 8)), "d": jnp.zeros(4)})
+  with pytest.raises(UserError) as e:
+    restored(tmp_path, {"a": floats(6, 4), "b": halves(4), "c": floats(2, 9), "e": floats(4)})
+  lines = [line.split()[0:2] + [line.rpartition(": another ")[2]] for line in str(e.value).splitlines()[1:6]]
+  assert [line[:2] for line in lines] == [["-", "params/d"], ["+", "params/e"]] + [["!", f"params/{n}"] for n in "abc"]
+  assert [line[2] for line in lines[2:]] == ["layout", "precision", "size"]
+
+
+def test_a_state_is_saved_also_where_a_loop_runs_as_in_a_notebook(tmp_path):
+  async def cell():
+    saved(tmp_path, {"w": jnp.arange(4.0)})
+
+  asyncio.run(cell())
+  np.testing.assert_array_equal(restored(tmp_path, {"w": floats(4)})["w"], np.arange(4.0))
 
 
 def test_a_placeholder_is_one_value_for_all_layers_and_refused_where_they_differ(tmp_path):
