@@ -225,12 +225,14 @@ def _shape(value) -> str:
 
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
+# What others call to compute something of theirs.
+_TOOLS = tuple(os.path.join(_HERE, name) for name in ("precision.py", "quantize.py", "lora.py", "replay.py", "sums.py"))
 _LIBRARIES = tuple(sysconfig.get_paths()[k] for k in ("purelib", "platlib", "stdlib"))
 
 
 def _line(traceback) -> str:
-  """The innermost line of code that is not a library's."""
+  """The innermost line of code that is neither a library's nor a tool's."""
   frames = list(source_info_util.user_frames(traceback))
   own = [f for f in frames if f.file_name.startswith(_HERE) or not f.file_name.startswith(_LIBRARIES)]
-  frame = next(iter(own or frames), None)
+  frame = next(iter([f for f in own if not f.file_name.startswith(_TOOLS)] or own or frames), None)
   return f"{frame.file_name}:{frame.start_line} ({frame.function_name})" if frame else "(no line is known)"

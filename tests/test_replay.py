@@ -152,6 +152,7 @@ def test_layers_of_a_scanned_and_recomputed_model_are_named(tmp_path, faulty):
     events = nonfinite.trace(train.make_step(run).__wrapped__, state, batch, jax.random.key(1))
   origin = events["1/loss"].origins[0]
   assert origin.operation != "argument" and origin.turns == (1,) and "blocks" in origin.module, str(origin)
+  assert "/bigjax/models/" in origin.line, str(origin)
 
 
 def test_a_run_that_skips_or_goes_back_leaves_bundles_that_can_be_replayed(tmp_path, faulty):
