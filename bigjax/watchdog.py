@@ -30,7 +30,8 @@ from bigjax.errors import LOST, UserError
 from bigjax.metrics.stopwatch import TRAINING
 
 WORDS = {"input": "waits for input", "device": "waits for the devices", "host": "is at work on the host"}
-TOGETHER = 3.0  # Seconds in which the others find that they hang too, and say at what.
+ROLL = 2.0  # Seconds between two looks at whether another process has found that the run hangs.
+TOGETHER = 8.0  # Seconds in which all say what they are at then.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,10 @@ class Watchdog:
 
   def _run(self):
     config, watch = self._config, self._progress.watch
-    step, trained = self._progress.step, watch.seconds(*TRAINING)
-    told, before = time.monotonic(), self._pace()
-    seen = suspect = None
+    self._first = step = self._progress.step
+    trained = watch.seconds(*TRAINING)
+    told = looked = time.monotonic()
+    before, suspect = self._pace(), None
     while not self._over.wait(min(1.0, config.at_least / 4)):
       now_at = watch.seconds(*TRAINING)
       if (at := self._progress.step) > step:
@@ -87,9 +89,13 @@ class Watchdog:
       hung = watch.clock() - since
       if hung > self._limit(bucket) and seen == suspect:  # Twice alike, or one was read while the other changed.
         self._hangs(bucket, hung)
-        suspect = None
-      else:
-        suspect = seen
+      suspect = seen
+      if time.monotonic() - looked > ROLL:
+        looked = time.monotonic()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+          if hosts.told_below("hangs"):
+            self._say(bucket, hung)
+            self._over.wait()  # The other one ends the run.
       if time.monotonic() - told > config.every:
         told, pace = time.monotonic(), self._pace()
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # JAX's service is gone: hosts.py has that.
@@ -97,39 +103,45 @@ class Watchdog:
         before = pace
 
   def _limit(self, bucket):
-    if bucket not in TRAINING or len(self._steps) < 3:
+    if bucket not in TRAINING or self._progress.step < self._first + 3:
       return self._config.pause
-    return max(self._config.at_least, self._config.times * statistics.median(self._steps))
+    return max(self._config.at_least, self._config.times * statistics.median(self._steps or [0.0]))
 
   # A step that hangs
 
   def _hangs(self, bucket, seconds):
-    me, count = hosts.place()
-    doing = WORDS.get(bucket, f"is at {bucket}")
-    file = dump(self._workdir, f"step {self._progress.step + 1} hangs: {doing} for {seconds:.0f} s")
-    mine = {"doing": doing, "seconds": seconds, "on": socket.gethostname(), "culprit": bucket != "device"}
+    file = self._say(bucket, seconds)
     usual = f"; a step takes {statistics.median(self._steps):.3g} s" if self._steps else ""
-    reason = f"step {self._progress.step + 1} hangs: {self._who(me, count, mine)}{usual}. Stacks are in {file}"
+    reason = f"step {self._progress.step + 1} hangs: {self._who()}{usual}. Stacks are in {file}"
     if not self._ends:
       self._note(reason)
       self._over.wait()
       return
-    if me == 0:
+    if hosts.place()[0] == 0:
       with contextlib.suppress(OSError, UserError):
         record.finish(self._workdir, "failed", error=reason)
     hosts.end(LOST, reason)
 
-  def _who(self, me, count, mine):
-    """Who is at what; those that don't wait for others first."""
+  def _say(self, bucket, seconds):
+    """Writes the stacks down, and tells the other processes what this one is at."""
+    doing = f"{WORDS.get(bucket, f'is at {bucket}')} for {seconds:.0f} s"
+    self._mine = {"doing": doing, "on": socket.gethostname(), "waits": bucket == "device"}
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      hosts.tell_all(f"hangs/{hosts.place()[0]}", self._mine)
+    return dump(self._workdir, f"the run hangs; this process {doing}")
+
+  def _who(self):
+    """Which process is at what; those that don't wait for others first."""
+    me, count = hosts.place()
     if count == 1:
-      return f"it {mine['doing']} for {mine['seconds']:.0f} s"
-    hosts.tell_all(f"hangs/{me}", mine)
-    found, deadline = {}, time.monotonic() + TOGETHER
-    while len(found) < count and time.monotonic() < deadline:
-      time.sleep(0.1)
-      found = hosts.told_below("hangs")
-    named = sorted(found.items(), key=lambda item: (not item[1]["culprit"], item[0]))
-    parts = [f"process {i} on {f['on']} {f['doing']} for {f['seconds']:.0f} s" for i, f in named[:8]]
+      return f"it {self._mine['doing']}"
+    found, deadline = {me: self._mine}, time.monotonic() + TOGETHER
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      while len(found) < count and time.monotonic() < deadline:
+        time.sleep(0.1)
+        found |= hosts.told_below("hangs")
+    named = sorted(found.items(), key=lambda item: (item[1]["waits"], item[0]))
+    parts = [f"process {i} on {f['on']} {f['doing']}" for i, f in named[:8]]
     silent = [i for i in range(count) if i not in found]
     return "; ".join(parts) + (f"; nothing is known of {', '.join(map(str, silent[:8]))}" if silent else "")
 
