@@ -340,7 +340,9 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
   batch = data.spec(config.batch_size)
   clock = _clock(config, data, batch)
   numbers = precision.of(config.precision)
-  model = states.Model(config.model, numbers.params, config.quantize, config.lora)
+  model = states.Model(
+    config.model, numbers.params, config.quantize, exact=numbers.gradients == "float32", tuned=config.lora
+  )
   task = config.task()
   with sharding.use(layout):
     params, extras = model.abstract

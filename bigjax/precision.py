@@ -50,6 +50,7 @@ class PrecisionConfig:
 
   mode: Mode
   moments: Literal["float32", "bfloat16"] | None = None  # Of the bfloat16 modes; None: bfloat16. 4 bytes instead of 2.
+  gradients: Literal["float32", "bfloat16"] = "float32"  # Kernels', added up over examples and devices; half the bytes.
   loss_scale: float = 2.0**15  # Of float16: what the mean loss is multiplied by at first; it adapts within a few steps.
   grow_every: int = 2000  # Of float16: it doubles after so many steps without an overflow.
 
@@ -77,6 +78,8 @@ def of(precision: str | PrecisionConfig) -> PrecisionConfig:
   found = PrecisionConfig(mode=precision) if isinstance(precision, str) else precision
   if found.moments is not None and not found.narrow:
     raise UserError(f"config.precision.moments is for the bfloat16 modes; under {found.mode!r} moments are float32.")
+  if found.gradients != "float32" and found.compute != "bfloat16":
+    raise UserError(f"config.precision.gradients: 'bfloat16' is for modes that compute in it, not {found.mode!r}.")
   if not 0 < found.loss_scale < float("inf"):
     raise UserError(f"config.precision.loss_scale: {found.loss_scale} must be positive.")
   if found.grow_every < 1:

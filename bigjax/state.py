@@ -37,6 +37,7 @@ class Model:
   build: Callable[..., nnx.Module]  # Called with `rngs=`.
   kept: Any = jnp.float32  # The type of the parameters; the module sees float32 in any case.
   products: quantize.Rules | quantize.Word | None = None  # Layers that multiply in 8 bits.
+  exact: bool = True  # Gradients of kernels are added up in float32, whatever the computation is in.
   tuned: lora.LoraConfig | None = None  # Then params are adapters, and extras {"base": the module's own, "kept": ...}.
 
   def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
@@ -72,8 +73,9 @@ class Model:
     if self.adapters is not None:
       own = self.adapters.applied(precision.cast(own, jnp.float32), wide)
     module = nnx.merge(self._graphdef, _numbered(own), _numbered(kept))
-    module = quantize.applied(precision.summed(module), self.products)
-    return module if self.adapters is None else precision.summed(self.adapters.attached(module, wide, key))
+    summed = precision.summed if self.exact else lambda module: module
+    module = quantize.applied(summed(module), self.products)
+    return module if self.adapters is None else summed(self.adapters.attached(module, wide, key))
 
   def extras(self, module: nnx.Module, before: PyTree) -> PyTree:
     """Returns the extras as a call left them; `before` are those that it began with."""

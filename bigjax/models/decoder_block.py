@@ -174,7 +174,8 @@ class Attention(nnx.Module):
 
   def project(self, x: Float[Array, "batch seq width"], table: Array | None) -> tuple[Array, dict[str, Array]]:
     """Returns queries, [batch, seq, heads, dim], and what a cache keeps: keys and values."""
-    query, key, value = (checkpoint_name(dense(x), "qkv") for dense in (self.query, self.key, self.value))
+    made = lambda dense, heads: checkpoint_name(_columns(dense(x), heads), "qkv")
+    query, key, value = made(self.query, self.heads), made(self.key, self.kv_heads), made(self.value, self.kv_heads)
     if self.qk_norm == "all":
       query, key = self.query_norm(query), self.key_norm(key)
     by_head = lambda x, heads: _heads(x.reshape(*x.shape[:2], heads, -1))
@@ -251,6 +252,12 @@ class LatentAttention(nnx.Module):
     how = dict(scale=self.scale, softcap=softcap, backend="reference")
     out = attend(query, key, latent, key_segments=cache.filled(), **how)
     return jnp.einsum("bqhr,rhv->bqhv", out, to_value)
+
+
+def _columns(x, heads):
+  """What a kernel makes, before it is heads: else XLA folds the heads into the kernel, which then is gathered again."""
+  word = None if heads % sharding.current().size("heads") else "heads"
+  return sharding.constrain(x, "batch", "seq", word)
 
 
 def _heads(x):

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from bigjax.errors import UserError
@@ -59,7 +59,7 @@ def run(
     jobs: compiles at a time; None: as many as memory and cores allow.
   """
   until = time.monotonic() + budget
-  found, refused = candidates(config, where, until)
+  found, refused = candidates(config, combinations(config, where), where, until)
   limit = slices.profile(where[0]).hbm // slices.profile(where[0]).devices
   fits = [c for c in found if c.memory <= SURELY * limit]
   jobs = jobs or max(1, min((os.cpu_count() or 1) // 2, _free() // A_COMPILE))
@@ -87,11 +87,13 @@ def run(
     yield f"{left} of {len(fits)} are not compiled or don't fit; the same command goes on with them"
 
 
-def candidates(config: TrainConfig, where: tuple[str, int], until: float) -> tuple[list[Candidate], int]:
+def candidates(
+  config: TrainConfig, combinations: Iterable[dict[str, Any]], where: tuple[str, int], until: float
+) -> tuple[list[Candidate], int]:
   """Returns what can be laid out, the most promising first, and how many combinations can't."""
   found, refused = [], 0
   flops = None
-  for change in combinations(config, where):
+  for change in combinations:
     if time.monotonic() > until:
       break
     try:
