@@ -15,8 +15,8 @@ from bigjax.plan import analytic, prepare, work
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
-# Batches of 12 and 100 are for fewer devices than the others'; a table's columns can't be told without it.
-FEW = {"shakespeare_char": 4, "mnist1d": 4}
+# Batches of 12, 100 and 500 are for fewer devices than the others'; a table's columns can't be told without it.
+FEW = {"shakespeare_char": 4, "mnist1d": 4, "mnist_cnn": 4, "fashion_resnet": 4}
 TABLES = ("housing_mlp",)
 CHIPS = {"llama31_8b": "v5p:2x4x4", "llama31_70b": "v5p:4x4x8", "mixtral_8x7b": "v5p:4x4x8", "gpt2_124m": "v5e:4x4"}
 
