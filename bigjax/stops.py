@@ -98,7 +98,7 @@ class Stops:
         yield self
       finally:
         self._over.set()
-        if group := _group():  # A peer that is asked now would wait for an answer.
+        if group := _group(self._saving):  # A peer that is asked now would wait for an answer.
           with contextlib.suppress(Exception):
             self._tell_how_far(*group[:2])
 
@@ -120,7 +120,7 @@ class Stops:
     """Asks the run to stop; from any thread."""
     if self._why is None:
       self._why, self._asked = why, time.monotonic()
-      if self._saving and _group() is None:
+      if self._saving and _group(True) is None:
         self._at = 0
     self._wake()
 
@@ -157,7 +157,7 @@ class Stops:
       if self._hours is not None and time.monotonic() - self._began > 3600 * self._hours:
         self.ask(f"--max_hours={self._hours:g}")
       if self._at is None:
-        group = _group()
+        group = _group(self._saving)
         self._decide_alone() if group is None else self._decide_together(*group)
     # Past the loop a request has nothing to stop; a person may still want out.
     while not self._closed and self.ends:
@@ -215,12 +215,16 @@ class Stops:
       self._over.wait(NOTICE)
 
 
-def _group():
-  """JAX's key-value store, which process this is, and of how many; None where it is alone."""
-  state = getattr(
-    sys.modules.get("jax._src.distributed"), "global_state", None
-  )  # Imports nothing: it may be under way.
-  if state is None or state.client is None or state.num_processes == 1:
+def _group(connected):
+  """JAX's key-value store, which process this is, and of how many; None where it is alone.
+
+  While it comes up the store can't be asked: JAX aborts a process that does. Nor is anything imported here, which may
+  be under way and take its time.
+  """
+  jax, hosts = (sys.modules.get(name) for name in ("jax._src.distributed", "bigjax.hosts"))
+  state = getattr(jax, "global_state", None)
+  connected = connected or getattr(hosts, "connected", False)
+  if not connected or state is None or state.client is None or state.num_processes == 1:
     return None
   return state.client, state.process_id, state.num_processes
 
