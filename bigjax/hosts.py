@@ -35,6 +35,8 @@ SILENCE = 60  # Seconds without a sign of life after which a peer counts as lost
 GRACE = 10  # Seconds that a failed process has to tidy up in.
 POLL = 1.0  # Seconds between two looks at the peers.
 
+connected = False  # Whether JAX's service can be asked: it aborts a process that asks while it comes up.
+
 
 # Coming together
 
@@ -106,6 +108,8 @@ def initialize(
     heartbeat_timeout_seconds=2 * SILENCE,  # Behind our own, which says more.
     coordinator_bind_address=peers.coordinator if is_loopback(host) else None,
   )
+  global connected
+  connected = True
   return peers
 
 
