@@ -5,9 +5,9 @@ Devices, meshes and what only they decide are left out: the numbers are those of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -124,13 +124,11 @@ def _check_data(bundle, run, skips):
 def _state(bundle, run, workdir, from_start):
   """Returns the state before the steps."""
   wanted, first = bundle["checkpoint"], bundle["steps"][0]
-  there = []
-  if os.path.isdir(os.path.join(workdir, "checkpoints")):
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-      there = [s for s in checkpoints.steps() if s < first]
-      # An earlier one does as well, and takes longer.
-      if wanted and (step := wanted if wanted in there else max((s for s in there if s < wanted), default=None)):
-        return tuned.restore(run, checkpoints, step)[0]
+  with contextlib.suppress(_Gone), _checkpoints(workdir) as checkpoints:
+    # An earlier one does as well, and takes longer.
+    step = max((s for s in checkpoints.steps() if s <= wanted and s < first), default=None)
+    if step is not None:
+      return tuned.restore(run, checkpoints, step)[0]
   if wanted and not from_start:
     raise UserError(
       f"The checkpoint of step {wanted} in {workdir} is gone, and there is none before it. Bring it back, say where it "
@@ -143,6 +141,17 @@ def with_names(run: experiment.Experiment) -> experiment.Experiment:
   """Returns the experiment, what its model computes under the names of its modules."""
   model = run.model
   return dataclasses.replace(run, model=_Named(*(getattr(model, f.name) for f in dataclasses.fields(model))))
+
+
+class _Gone(Exception):
+  """There are no checkpoints."""
+
+
+def _checkpoints(workdir):
+  try:
+    return Checkpoints(workdir, read_only=True)
+  except UserError as e:
+    raise _Gone from e
 
 
 class _Named(states.Model):
