@@ -194,9 +194,9 @@ class Stops:
         self._tell_how_far(store, me)
         while len(said := store.key_value_dir_get(f"{self._told}/at")) < count:
           time.sleep(0.02)
-        last = max(int(looks) for _, looks in said)
-        self._at = last + 1
-      if self.ends and last == 0:
+        looks = [int(looks) for _, looks in said]
+        self._at = max(looks) + 1
+      if self.ends and min(looks) == 0:  # Without all of them no step is done.
         store.key_value_set(f"{self._told}/left/{me}", "", allow_overwrite=True)
         deadline = time.monotonic() + 5
         # Process 0 has the store: it goes when the others have read.
