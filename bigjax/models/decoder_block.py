@@ -351,7 +351,7 @@ class Block(nnx.Module):
         dropout_key=keys[0],
         backend=self.backend if cache is None else "auto",  # Prompts have any length.
       )
-    out = checkpoint_name(out.reshape(*x.shape[:2], -1), "attention")
+    out = checkpoint_name(_columns(out.reshape(*x.shape[:2], -1), query.shape[2]), "attention")
     x = add(x, self.attn.out(out), self.post1, keys[1])
     before, aux = x if self.norm2 is None else self.norm2(x), {}
     if self.routed:

@@ -188,6 +188,7 @@ PROFILES = {
       wraps=16,
       dcn=4 * 200e9 / 8 / 8,
       chips_a_host=8,
+      options=_OVERLAP | _WHOLE,
       sources={
         **dict.fromkeys(("flops", "hbm", "hbm_bandwidth", "links", "link_bandwidth", "dcn"), _DOCS + "v6e"),
         "vmem": _JAX,
