@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from bigjax import commits, hosts, paths, stacks, stores
+from bigjax import commits, hosts, paths, stacks, stores, workdirs
 from bigjax.commits import Damaged, Keep
 from bigjax.errors import UserError
 from bigjax.saving import Save, said
@@ -55,7 +55,7 @@ class Checkpoints:
       note: Called with a line for each thing a person should know, on process 0; prints it by default.
     """
     self._where, self._keep, self._note = where, keep or Keep(), note or _print
-    self._root = stores.place(workdir) / "checkpoints"
+    self._workdir, self._root = workdir, stores.place(workdirs.home(workdir)) / "checkpoints"
     self.directory = str(self._root)
     self._known: dict[int, commits.Manifest] = {}
     self._intact: set[int] = set()  # Those that were verified here.
@@ -232,6 +232,7 @@ class Checkpoints:
 
   def _commit(self, directory, manifest, files):
     """On process 0, in the background: what was written is a checkpoint, and those that need not stay go."""
+    workdirs.publish(self._workdir)  # What the run wrote so far is there before a checkpoint that goes on from it.
     made = commits.commit(directory, self._root, manifest, files)
     self._known[made.step] = made
     self._prune(made.step)

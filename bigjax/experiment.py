@@ -99,8 +99,7 @@ class InitConfig:
     (".*", r"\g<0>"),
   )  # (leaf here, its name there, or None: keep the fresh value).
 
-  # With a workdir: all of its state, which is gone on with from its step on, instead of parameters to start with. Names
-  # begin with params/, extras/ and opt_state/ then, and what differs has to be allowed: see bigjax/changes.py.
+  # All of a workdir's state, to go on with: names begin with params/, extras/, opt_state/ then. See bigjax/changes.py.
   whole: bool = False
   drop: tuple[Regex, ...] = ()  # Leaves there that are left behind, such as an average: "opt_state/.*".
   resize: tuple[Regex, ...] = ()  # Leaves here of other sizes, such as a head: what both have is taken, the rest fresh.

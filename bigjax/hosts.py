@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 import jax
 from jax._src import distributed
 
+from bigjax import workdirs
 from bigjax.errors import LOST, UserError
 from bigjax.peers import Peers, call_roll, find, is_loopback, metadata, on_tpu_vm
 
@@ -193,6 +194,8 @@ def _check_same(peers, same):
 
 def _check_shared(peers, workdir, timeout):
   """Refuses a workdir that is another directory on another host."""
+  if workdirs.home(workdir) != workdir:
+    return  # A store is the same everywhere.
   token = os.path.join(workdir, agreed(f".hosts-{secrets.token_hex(8)}"))
   if peers.process == 0:
     try:

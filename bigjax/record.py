@@ -37,7 +37,10 @@ def open_workdir(workdir: str, described: Mapping[str, Any], free: Sequence[str]
     free: Keys that may differ from the recorded ones, and all within them.
   """
   if "://" in workdir:
-    raise UserError(f"--workdir={workdir}: only folders can be written; mount the bucket and name the folder.")
+    raise UserError(
+      f"--workdir={workdir}: only folders can be written here. The command bigjax train takes gs://; of another store, "
+      "mount the bucket and name the folder."
+    )
   try:
     os.makedirs(workdir, exist_ok=True)
     with tempfile.TemporaryFile(dir=workdir):

@@ -13,6 +13,9 @@ from etils import epath
 
 from bigjax.errors import UserError
 
+# Read once, by whoever comes first. TensorFlow takes its time to import, and knows nothing of an emulator.
+os.environ["EPATH_USE_TF"] = "false"
+
 LIBRARIES = {"gs": "gcsfs"}  # By the URL's scheme; in the extra of the same name.
 
 
@@ -31,7 +34,6 @@ def place(path: str) -> epath.Path:
     )
   if importlib.util.find_spec(LIBRARIES[scheme]) is None:
     raise UserError(f"{path} needs {LIBRARIES[scheme]}: pip install 'bigjax[{scheme}]'.")
-  os.environ["EPATH_USE_TF"] = "false"  # TensorFlow takes its time to import, and knows nothing of an emulator.
   import fsspec.config
 
   for protocol in ("gs", "gcs"):

@@ -14,7 +14,7 @@ from bigjax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 # In a process of its own: the libraries read their addresses once, and leave connections behind.
-PROGRAM = """
+STORE = """
   import contextlib, io, json, logging, os, socket
 
   with socket.socket() as s:
@@ -30,6 +30,8 @@ PROGRAM = """
   server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
   server.start()
 
+"""
+PROGRAM = """
   import jax
   import jax.numpy as jnp
 
@@ -87,15 +89,52 @@ PROGRAM = """
 """
 
 
-@pytest.fixture(scope="module")
-def found():
+# Each start has nothing but the store.
+RUNS = """
+  import sys
+
+  from bigjax import main, stores
+
+  config, here = sys.argv[1:3]
+  URL = "gs://bucket/runs/b"
+  train = lambda workdir: main.main(["train", f"--config={config}", f"--workdir={workdir}"])
+  found = {"codes": [train(here)]}
+
+  from bigjax import train as training
+  logged = training.Logger.step
+  def stop(self, at, measured):
+    logged(self, at, measured)
+    if at == 10:
+      raise KeyboardInterrupt
+
+  training.Logger.step = stop
+  found["codes"].append(train(URL))
+  training.Logger.step = logged
+  found["stopped with"] = sorted(p.name for p in (stores.place(URL) / "checkpoints").iterdir())
+  found["codes"].append(train(URL))
+  for command in (["report", URL], ["ledger", URL], ["checkpoint", "verify", URL], ["eval", f"--workdir={URL}"]):
+    found["codes"].append(main.main(command))
+  found["files"] = [sorted(p.name for p in stores.place(w).iterdir() if "events." not in p.name) for w in (here, URL)]
+  found["metrics"] = [(stores.place(w) / "metrics.jsonl").read_text() for w in (here, URL)]
+  found["differ"] = main.main(["checkpoint", "diff", here, URL])
+  print(json.dumps(found), flush=True)
+  os._exit(0)
+"""
+
+
+def run(program, *args):
   for library in ("gcsfs", "gcp_storage_emulator"):
     pytest.importorskip(library)
   env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "4"}
-  command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
+  command = [sys.executable, "-c", textwrap.dedent(STORE) + textwrap.dedent(program), *map(str, args)]
   ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250, check=False)
   assert ended.returncode == 0, ended.stderr[-3000:]
   return json.loads(ended.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found():
+  return run(PROGRAM)
 
 
 def test_in_a_store_they_are_saved_kept_verified_and_restored_to_the_bit(found):
@@ -119,6 +158,31 @@ def test_damage_in_a_store_is_found_and_the_one_before_taken(found):
   assert found["damaged"] == 1 and found["latest"] == 20
   assert found["aside"] == ["00000020", "00000030.damaged"]
   assert len(notes) == 1 and "step 30 is damaged (state/ocdbt.process_0/d/" in notes[0]
+
+
+CONFIG = """
+import ml_collections
+def get_config():
+  images = lambda n: dict(name="synthetic", kind="images", num_examples=n, shape=(4, 4, 1), num_classes=3)
+  return ml_collections.ConfigDict(dict(
+      total_steps=12, batch_size=16, log_every=1, checkpoint_every=4,
+      data=dict(source=images(40)), model=dict(name="mlp", in_features=16, widths=(8,), num_outputs=3),
+      task=dict(name="classification"), optimizer=dict(name="adamw", weight_decay=0.0),
+      schedule=dict(name="cosine", peak=1e-2),
+      evals=dict(val=dict(evaluator=dict(name="classification", num_classes=3), data=dict(source=images(21)), every=4)),
+  ))
+"""
+
+
+def test_a_run_in_a_store_that_broke_off_goes_on_and_leaves_what_one_in_a_folder_does(tmp_path):
+  (tmp_path / "config.py").write_text(CONFIG)
+  found = run(RUNS, tmp_path / "config.py", tmp_path / "here")
+  assert found["codes"] == [0, 130, 0, 0, 0, 0, 0]
+  assert found["stopped with"] == ["00000004", "00000008"]
+  folder, store = found["files"]
+  assert set(store) == {*folder, "eval-00000012.json"} and "metrics.csv" in store
+  assert found["metrics"][0] == found["metrics"][1] and found["metrics"][0].count("\n") >= 12
+  assert found["differ"] == 0
 
 
 def test_a_store_that_is_not_known_is_said_so():

@@ -9,7 +9,7 @@ import re
 import time
 
 from bigjax import config as configs
-from bigjax import record
+from bigjax import record, workdirs
 from bigjax.errors import UserError
 
 
@@ -140,6 +140,7 @@ def _verify(args) -> int:
 
 def _convert(args, overrides) -> int:
   workdir, step = _parsed(args.source)
+  workdir = workdirs.fetched(workdir)
   record.read_config(workdir)
   if os.path.isdir(args.directory) and os.listdir(args.directory):
     raise UserError(f"{args.directory} is there already; name another.")

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from bigjax import config as configs
-from bigjax import peers, record
+from bigjax import peers, record, workdirs
 from bigjax.commands.train import default_cache, together, use_cache
 
 
@@ -17,8 +17,13 @@ def main(argv: list[str]) -> int:
   parser.add_argument("--compile_cache", default=default_cache(), metavar="DIR", help="'none' for none")
   peers.add_flags(parser)
   args, overrides = parser.parse_known_args(argv)
-  record.read_config(args.workdir)  # A directory that holds no run is said so before anything else.
-  config = configs.read(os.path.join(args.workdir, "config.json"), overrides)
+  with workdirs.opened(args.workdir) as workdir:
+    return _measure(args, overrides, workdir)
+
+
+def _measure(args, overrides, workdir) -> int:
+  record.read_config(workdir)  # A directory that holds no run is said so before anything else.
+  config = configs.read(os.path.join(workdir, "config.json"), overrides)
 
   use_cache(args.compile_cache)
   import jax
@@ -26,11 +31,11 @@ def main(argv: list[str]) -> int:
   from bigjax import experiment, train
 
   resolved = configs.resolve(config, experiment.TrainConfig)
-  with together(args, resolved, args.workdir):
-    step, results = train.evaluate(resolved, args.workdir, args.step)
+  with together(args, resolved, workdir):
+    step, results = train.evaluate(resolved, workdir, args.step)
     if jax.process_index() == 0:
       width = max(map(len, results), default=0)
       print(f"step {step:,} of {args.workdir}")
       print("\n".join(f"  {k:<{width}}  {v:.6g}" for k, v in results.items() if isinstance(v, int | float)))
-      record.write_json(os.path.join(args.workdir, f"eval-{step:08d}.json"), results)
+      record.write_json(os.path.join(workdir, f"eval-{step:08d}.json"), results)
   return 0

@@ -9,7 +9,7 @@ import os
 import numpy as np
 
 from bigjax import config as configs
-from bigjax import record
+from bigjax import record, workdirs
 from bigjax.errors import UserError
 
 SHOWN = 20
@@ -20,6 +20,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument("workdir", help="the directory of a run")
   parser.add_argument("--step", type=int, metavar="N", help="list what this step was fed")
   args = parser.parse_args(argv)
+  args.workdir = workdirs.fetched(args.workdir)
   record.read_config(args.workdir)  # A directory that holds no run is said so before anything else.
   from bigjax import experiment, ledger
 

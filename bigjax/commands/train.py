@@ -6,7 +6,7 @@ import argparse
 import os
 
 from bigjax import config as configs
-from bigjax import peers, record
+from bigjax import peers, record, workdirs
 from bigjax.errors import STOPPED, UserError
 from bigjax.stops import Stops
 
@@ -17,7 +17,9 @@ def main(argv: list[str]) -> int:
     "--config", required=True, metavar="FILE[:arg]", help="a file with get_config(); --config.key=value overrides"
   )
   parser.add_argument(
-    "--workdir", required=True, help="where checkpoints, metrics and the report go; a run there is gone on with"
+    "--workdir",
+    required=True,
+    help="where checkpoints, metrics and the report go, a folder or gs://bucket/run; a run there is gone on with",
   )
   parser.add_argument(
     "--compile_cache",
@@ -37,9 +39,9 @@ def main(argv: list[str]) -> int:
     from bigjax import experiment, train
 
     resolved = configs.resolve(config, experiment.TrainConfig)
-    with together(args, resolved, args.workdir):
-      status = train.train(resolved, args.workdir, stop)
-      return after(args.workdir, status)
+    with workdirs.opened(args.workdir) as workdir, together(args, resolved, workdir):
+      status = train.train(resolved, workdir, stop)
+      return after(workdir, status)
 
 
 def together(args, resolved, workdir: str):
