@@ -64,6 +64,8 @@ def stored(folder, rng):
   (folder / "documents.jsonl").write_text("\n".join(lines))
   inputs = documents.Inputs((str(folder / "documents.jsonl"),))
   tokenize.tokenize(inputs, str(folder / "store"), tokenizers.load("byte"), workers=1)
+  for part in ("train", "val"):
+    (folder / part).symlink_to(folder / "store")
 
 
 def resolve(file, variant, data):
@@ -72,6 +74,7 @@ def resolve(file, variant, data):
   arguments += [f"data={data}"] if 'data="data"' in source else []
   arguments += [f"text={data / 'tinyshakespeare.txt'}"] if "text=" in source else []
   arguments += [f"tokens={data / 'store'}"] if "tokens=" in source else []
+  arguments += [f"books={data}"] if "books=" in source else []
   spec = f"{file}:{','.join(arguments)}" if arguments else str(file)
   # What is too large for one device says itself how it's spread.
   overrides = OVERRIDES[:1] if "tokens=" in source else OVERRIDES

@@ -8,7 +8,9 @@ import shlex
 import sys
 import tomllib
 
+import ml_collections
 import pytest
+import tokenizers
 
 import bigjax
 from bigjax import config as configs
@@ -96,6 +98,27 @@ def test_configs_and_overrides_of_commands_resolve(first, monkeypatch):
     if file != "FILE":
       bigjax.resolve(configs.read(file, [w for w in words if w.startswith("--config.")]))
   assert len(lines) >= 4
+
+
+def test_parts_of_configs_that_are_shown_resolve(tmp_path, monkeypatch):
+  """Each line that sets a key, on top of those before it."""
+  (tmp_path / "data" / "bert").mkdir(parents=True)
+  vocabulary = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0, "[MASK]": 1}, unk_token="[PAD]"))
+  vocabulary.add_special_tokens(["[PAD]", "[MASK]"])
+  vocabulary.save(str(tmp_path / "data" / "bert" / "tokenizer.json"))
+  monkeypatch.chdir(tmp_path)
+  parts = [block for block in blocks(README, "python") if "config." in block and "def " not in block]
+  parts = [block for block in parts if "import bigjax" not in block]
+  assert len(parts) >= 3
+  model = dict(name="decoder", vocab_size=256, context=1025, width=8, depth=1, heads=1, mlp_dim=8)
+  for part in parts:
+    config = ml_collections.ConfigDict(dict(total_steps=1, batch_size=8, model=model, optimizer="adamw"))
+    config.data = dict(source=dict(name="synthetic", kind="tokens"))
+    config.task, config.schedule = dict(name="language_modeling"), dict(name="constant", peak=1e-3)
+    found = {"config": config}
+    for line in part.splitlines():
+      exec(line, found)  # The README is ours.
+      bigjax.resolve(config)
 
 
 def test_every_command_is_told_of():
