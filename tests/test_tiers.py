@@ -112,7 +112,9 @@ def test_what_is_no_time_is_refused(every):
 @pytest.mark.slow
 def test_a_killed_run_loses_no_more_than_the_interval(tmp_path):
   near, workdir, interval = tmp_path / "near", tmp_path / "run", 4.0
-  (tmp_path / "config.json").write_text(json.dumps(configs.describe(tiny(near, f"{interval}s", total_steps=10**6))))
+  (tmp_path / "config.json").write_text(
+    json.dumps(configs.describe(tiny(near, f"{interval}s", total_steps=10**6, checkpoint_every=10**6)))
+  )
   command = [sys.executable, "-m", "bigjax", "train", f"--config={tmp_path / 'config.json'}", f"--workdir={workdir}"]
   with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
     done, began = {}, None
