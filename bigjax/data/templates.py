@@ -112,10 +112,7 @@ def load(template: str) -> Render:
     known = [place / n for n in ("chat_template.jinja", "tokenizer_config.json") if (place / n).is_file()]
     place = known[0] if known else place
   if not place.is_file():
-    raise UserError(
-      f"template={template!r} is neither a name nor a file with a template.{suggest(template, NAMED)} "
-      f"Known are {', '.join(NAMED)}."
-    )
+    raise UserError(f"template={template!r} is neither a name nor a file with a template.{suggest(template, NAMED)}")
   tokens, text = {}, place.read_text(encoding="utf-8")
   config = place if place.suffix == ".json" else place.parent / "tokenizer_config.json"
   if config.is_file():

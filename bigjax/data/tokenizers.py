@@ -60,7 +60,6 @@ _ROLES = {
 # A byte-level BPE of pieces is that of the whole, and the library is twice as fast on a thousand characters as on a
 # book; what puts a space before each text should not be given too many.
 _SHORT, _LONG = 2**10, 2**16
-_PADDING = 1024  # Rows of an embedding beyond the vocabulary that are still padding: Phi-2 has 905.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +108,18 @@ class Tokenizer:
       (folder / name).write_bytes(content)
 
   def check_model(self, vocab_size: int, where: str = "config.model.vocab_size") -> None:
-    """Raises `UserError` if a model of `vocab_size` tokens can't be this vocabulary's; up to 1,023 more are padding."""
-    if not 0 <= vocab_size - self.vocab_size < _PADDING:
+    """Raises `UserError` if a model of `vocab_size` tokens can't be this vocabulary's; a few more are padding."""
+    if not 0 <= vocab_size - self.vocab_size < _padding(self.vocab_size):
       raise UserError(
         f"{where}: the model has {vocab_size:,} tokens and the tokenizer ({self.kind}) {self.vocab_size:,}: "
         + ("the model can't tell all of them apart." if vocab_size < self.vocab_size else "they don't belong together.")
         + f" Set {where.rpartition('.')[2]}={self.vocab_size}, or take the tokenizer the model was trained with."
       )
+
+
+def _padding(size: int) -> int:
+  """So many rows of an embedding beyond the vocabulary are no padding: Phi-2 has 905, 128 is a usual multiple."""
+  return min(1024, max(128, size // 16))
 
 
 def load(path: str, pattern: str | None = None) -> Tokenizer:

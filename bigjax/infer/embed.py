@@ -35,7 +35,9 @@ class Embedder:
     ends = [[roles[name]] if name in roles else [] for name in ("bos", "eos")]  # [CLS] and [SEP].
     tokens = [[*ends[0], *found.tolist(), *ends[1]] for found in self.tokenizer.encode(texts)]
     for i, row in enumerate(tokens):
-      if not 0 < len(row) <= context:
+      if not row:
+        raise UserError(f"text {i} is empty; there is nothing to take the mean of.")
+      if len(row) > context:
         raise UserError(f"text {i} has {len(row):,} tokens, and the model's context is {context:,}. Cut it in parts.")
     order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
     ways = self.layout.size("batch")

@@ -62,6 +62,8 @@ def open_weights(path: str) -> Weights:
     found = Weights(path, *gguf.open_file(path))
   else:
     where = os.path.join(path, "config.json")
+    if os.path.isfile(path):
+      raise UserError(f"{path} is a file; give the directory, in which its config.json is.")
     if not os.path.isdir(path):
       raise UserError(f"{path}: there is no such directory, and no GGUF file (.gguf) of that name.")
     config = safetensors.read_json(where)

@@ -208,6 +208,9 @@ def test_a_vocabulary_that_is_not_the_models_is_told_with_the_numbers(trained):
   trained.check_model(384)  # Padded.
   with pytest.raises(UserError, match=r"config\.model\.vocab_size: the model has 299 tokens .* 300: .* vocab_size=300"):
     trained.check_model(299)
+  for far in (600, 50257):
+    with pytest.raises(UserError, match="they don't belong together"):
+      trained.check_model(far)
   with pytest.raises(UserError, match=r"has 50,257 tokens and the tokenizer \(tokenizers\) 300: they don't belong"):
     trained.check_model(50257)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bigjax.data import chat, templates, tokenizers
+from bigjax.data import chat, documents, mixture, templates, tokenize, tokenizers, tokens
 from bigjax.infer.decode import Generator
 from bigjax.infer.sampling import Sampling
-from bigjax.infer.text import Writer
+from bigjax.infer.text import Writer, tokenizer_of
 from bigjax.models import decoder
 
 ALPHABET = sorted(tokenizers._spelling()(bytes([i])) for i in range(256))
@@ -46,6 +47,22 @@ def test_a_prompt_begins_as_texts_of_its_vocabulary_do():
   assert writer().encode([""]) == [[256]]
 
 
+def test_a_runs_tokenizer_is_that_of_its_data_and_begins_as_its_documents_do(tmp_path):
+  tokenizer = writer().tokenizer
+  tokenizer.save(tmp_path / "tokenizer")
+  (tmp_path / "a.txt").write_text("the cat sat on the mat; " * 9)
+  inputs = documents.Inputs((str(tmp_path / "a.txt"),))
+  for bos, begin in (("none", None), ("<s>", 256)):
+    tokenize.tokenize(inputs, str(tmp_path / bos), tokenizer, bos=bos, workers=1)
+    source = tokens.make(str(tmp_path / bos), block=8)
+    found = tokenizer_of(mixture.make((source, source), weights=(0.5, 0.5)))
+    assert (found.begin, found.digest) == (begin, tokenizer.digest)
+  talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+  (tmp_path / "talk.jsonl").write_text(json.dumps(talk))
+  path, name = str(tmp_path / "talk.jsonl"), str(tmp_path / "tokenizer")
+  assert tokenizer_of(chat.make(path, tokenizer=name, template="chatml", block=64)).digest == tokenizer.digest
+
+
 def test_a_model_is_asked_as_it_was_tuned():
   talk = [{"role": role, "content": content} for role, content in (("system", "Be brief."), ("user", "Hi <|im_end|>"))]
   one = writer()
@@ -69,6 +86,6 @@ def test_what_ends_a_turn_ends_an_answer():
 
 @pytest.mark.parametrize("temperature", [0.0, 5.0])
 def test_rows_that_stand_for_nothing_are_not_written(temperature):
-  many = writer(rows=900)
+  many = writer(rows=100)
   found = last(many.stream(["a", "b"], max_tokens=40, sampling=Sampling(temperature=temperature)))
   assert max(np.concatenate([answer.tokens for answer in found])) < 260
