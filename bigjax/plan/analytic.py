@@ -130,9 +130,15 @@ def _a_device(run, value):
   if math.prod(value.shape) < tokens:
     return size if math.prod(value.shape) < run.config.batch_size else size // sharding.batch_ways(run.mesh)
   ways = sharding.batch_ways(run.mesh) * run.layout.size("seq") * run.layout.size("stage")
+  return size // (ways if value.shape[-1] == width(run) else ways * run.layout.size("hidden"))
+
+
+def width(run: Any) -> int | None:
+  """Returns the size of what goes from layer to layer, as far as the model shows it."""
   features = run.outputs.get("features")
-  between = features is not None and value.shape[-1] == features.shape[-1]
-  return size // (ways if between else ways * run.layout.size("hidden"))
+  if features is not None:
+    return features.shape[-1]
+  return next((p.shape[-1] for name, p in _params(run) if name.endswith("embed/embedding")), None)
 
 
 def layers(run: Any) -> int:
@@ -224,10 +230,10 @@ def _sent(prepared):
     add(data, 2 * whole)
   if mesh.shape.get("replica", 1) > 1:
     add(("replica",), 2 * whole / (math.prod(mesh.shape[a] for a in data) if gathered else 1))
-  features = run.outputs.get("features")
+  features = width(run)
   if mesh.shape.get("tensor", 1) > 1 and features is not None:
-    width = 4 if precision.of(run.config.precision).compute == "float32" else 2
-    one = run.pace[0] * features.shape[-1] * width / sharding.batch_ways(mesh) / run.layout.size("seq")
+    bytes_each = 4 if precision.of(run.config.precision).compute == "float32" else 2
+    one = run.pace[0] * features * bytes_each / sharding.batch_ways(mesh) / run.layout.size("seq")
     rounds = 6 if option(run.config.model, "remat") not in (None, "none") else 4
     parts = mesh.shape["tensor"]
     add(("tensor",), rounds * layers(run) * one * 2 * (parts - 1) / parts)

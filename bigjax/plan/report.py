@@ -2,7 +2,7 @@
 
 The step is the one that `train.compile_step` compiles for a run, for devices that need not exist. What is the
 compiler's word, what is counted in its program, and what is computed from published figures is told apart by section.
-Predicted times are not calibrated on any machine.
+Expected times are calibrated on one published run, see calibration.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from bigjax import sharding
 from bigjax.errors import UserError
-from bigjax.plan import analytic, changes, compiled, kept, prepare, topology, work
+from bigjax.plan import analytic, calibration, changes, compiled, kept, prepare, topology, work
 from bigjax.plan.prepare import Prepared
 
 FORMULA = (
@@ -172,7 +172,7 @@ def step_time(pace, profile, found) -> dict[str, Any]:
   expected = None
   if profile.rate and done["estimated_cycles"]:
     expected = done["estimated_cycles"] / profile.rate + done["kernel_seconds"] + waiting
-    expected = max(expected, bounds[bound])
+    expected = max(expected * calibration.FACTOR, bounds[bound])
   step = expected or bounds[bound]
   count, unit = pace
   peak = profile.peak("bfloat16") / profile.devices
@@ -183,6 +183,7 @@ def step_time(pace, profile, found) -> dict[str, Any]:
     "roofline_seconds": bounds[bound],
     "waiting_seconds": waiting,
     "expected_seconds": expected,
+    "calibration": calibration.FACTOR if expected else None,
     "mfu_bound": useful / bounds[bound] if bounds[bound] else 0.0,
     "mfu_expected": useful / step if step else 0.0,
     "pace_unit": unit,

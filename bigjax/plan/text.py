@@ -136,7 +136,7 @@ def _time(plan):
 
 def _calibrated(t):
   factor = t.get("calibration")
-  return f": {factor:g} times what the compiler estimates, see calibration.py" if factor else ", not calibrated"
+  return f": {factor:.2f} times what the compiler estimates, see calibration.py" if factor else ", not calibrated"
 
 
 def _run(plan):

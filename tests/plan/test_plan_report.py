@@ -10,7 +10,7 @@ import pytest
 
 import bigjax
 from bigjax.errors import UserError
-from bigjax.plan import compiled, profiles, report, text
+from bigjax.plan import calibration, compiled, profiles, report, text
 
 OOM = (
   "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
@@ -43,9 +43,10 @@ def test_the_expected_step_is_cycles_and_kernels_and_what_is_waited_for():
   found = report.step_time((1000, "tokens"), profiles.named("v5e"), parts())
   assert found["bounds"] == {"compute": 0.5, "HBM": pytest.approx(0.25), "ICI data": 0.3}
   assert (found["bound_by"], found["mfu_bound"]) == ("compute", pytest.approx(0.8))
-  assert found["expected_seconds"] == pytest.approx(600e6 / 1.5e9 + 0.1 + 0.2)
-  assert found["mfu_expected"] == pytest.approx(0.4 / 0.7)
-  assert found["pace_a_chip"] == pytest.approx(1000 / 0.7 / 4)
+  seconds = (600e6 / 1.5e9 + 0.1 + 0.2) * calibration.FACTOR
+  assert found["expected_seconds"] == pytest.approx(seconds)
+  assert found["mfu_expected"] == pytest.approx(0.4 / seconds)
+  assert found["pace_a_chip"] == pytest.approx(1000 / seconds / 4)
 
 
 def test_nothing_is_expected_to_be_faster_than_its_bound():
