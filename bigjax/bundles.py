@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bigjax import config as configs
-from bigjax import record
+from bigjax import record, workdirs
 from bigjax.data import pipeline
 from bigjax.errors import UserError
 
@@ -58,7 +58,7 @@ def write(
       "action": action,
       "steps": [first, last],
       "measured": {k: v if math.isfinite(v) else str(v) for k, v in measured.items()},
-      "workdir": os.path.abspath(workdir),
+      "workdir": workdirs.home(os.path.abspath(workdir)),
       "checkpoint": checkpoint,
       "skips": [list(s) for s in skips],
       "seed": config.seed,

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from bigjax import hosts, sharding
+from bigjax import hosts, sharding, stores, workdirs
 from bigjax.data import order, pipeline
 from bigjax.errors import UserError
 
@@ -95,7 +95,7 @@ class Ledger:
   """
 
   def __init__(self, workdir: str, plan: pipeline.Plan, first: int, writes: bool = True):
-    self._plan, self._first, self._writes = plan, first, writes
+    self._workdir, self._plan, self._first, self._writes = workdir, plan, first, writes
     self._coming: collections.deque[np.ndarray] = collections.deque()
     self._fetched = first
     before = attempts(workdir, since=first - LOOKED_BACK)
@@ -144,7 +144,7 @@ class Ledger:
     """Has all that was noted on the disk; to be called before what depends on it is kept."""
     self._write()
     if self._file is not None:
-      self._guarded(lambda: os.fsync(self._file.fileno()))
+      self._guarded(self._settle)
 
   def _write(self):
     self._written = time.monotonic()
@@ -154,6 +154,12 @@ class Ledger:
     data = _records(np.array(self._steps), np.stack(self._sums)).tobytes()
     self._guarded(lambda: self._append(data))
     self._steps, self._sums = [], []
+
+  def _settle(self):
+    os.fsync(self._file.fileno())
+    if jax.process_index() != 0 and (home := workdirs.home(self._workdir)) != self._workdir:
+      with open(self._path, "rb") as file:  # Process 0 puts into a store what it has itself.
+        (stores.place(_folder(home)) / os.path.basename(self._path)).write_bytes(file.read())
 
   def _append(self, data):
     if self._file is None:

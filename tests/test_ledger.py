@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bigjax import config as configs
-from bigjax import experiment, ledger, main, record, train
+from bigjax import experiment, ledger, main, record, train, workdirs
 from bigjax.commands import ledger as command
 from bigjax.data import growth, mixture, pipeline, synthetic
 from bigjax.errors import UserError
@@ -221,6 +221,26 @@ def test_what_was_passed_over_is_told_apart_from_what_is_missing():
   forgotten = ledger.History(dict.fromkeys(range(1, 13), part(1, 0, (), np.arange(1, 13))), [before])
   twice = dataclasses.replace(forgotten.steps[1], skips=((-1, 0),))
   assert command.coverage(plan, ledger.History(dict.fromkeys(range(1, 13), twice), [twice]), np.arange(1, 13))[1]
+
+
+def test_another_host_than_the_first_puts_its_rows_where_the_run_is_kept(tmp_path, monkeypatch):
+  here, store = tmp_path / "here", tmp_path / "store"  # As a folder stands for a bucket.
+  here.mkdir()
+  (store / "ledger").mkdir(parents=True)
+  workdirs._write(str(here), {"url": str(store), "published": {}})
+  source = synthetic.make(kind="images", num_examples=40, shape=(4, 4, 1), num_classes=3)
+  plan = pipeline.Plan(source, 16, 1, 2, seed=0)
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  with ledger.Ledger(str(here), plan, 0) as book:
+    for step in range(1, 6):
+      book.fetched(*plan.examples((step - 1) * 8 + np.arange(8)))
+      book.note(step)
+    book.flush()
+    kept = store / "ledger" / "00001-00001.ledger"
+    assert kept.read_bytes() == (here / "ledger" / kept.name).read_bytes()
+  header, steps, sums = ledger._part(str(kept))
+  assert header["part"] == [1] and steps.tolist() == [1, 2, 3, 4, 5]
+  np.testing.assert_array_equal(sums, ledger.expected(plan, steps))
 
 
 def test_a_workdir_without_a_ledger_and_one_of_a_later_version_are_said_so(tmp_path, capsys):
