@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 
 from bigjax import config as configs
-from bigjax import record
+from bigjax import record, workdirs
 from bigjax.commands.train import default_cache, use_cache
 from bigjax.errors import UserError
 
@@ -78,8 +79,11 @@ def _prompts(args):
 
 def _of_run(args, overrides):
   """The writer of a run."""
+  args.workdir = workdirs.fetched(args.workdir)
   record.read_config(args.workdir)  # A directory that holds no run is said so before anything else.
   config = configs.read(os.path.join(args.workdir, "config.json"), overrides)
+  if "model_type" in config:
+    raise UserError(f"--workdir={args.workdir} holds published weights, no run; --weights={args.workdir} takes them.")
 
   from bigjax import experiment, tuned
   from bigjax.checkpoint import Checkpoints
@@ -94,7 +98,8 @@ def _of_run(args, overrides):
   if tokenizer is None:
     raise UserError("config.data.source: it has no tokenizer that is known here; name one with --tokenizer.")
   writer = Writer(generator, tokenizer)  # What doesn't fit together is said before anything is read.
-  with Checkpoints(args.workdir, read_only=True) as checkpoints:
+  # What is said of the model that adapters are for is no part of an answer.
+  with Checkpoints(args.workdir, read_only=True) as checkpoints, contextlib.redirect_stdout(sys.stderr):
     found = tuned.restore(run, checkpoints, args.step)
   if found is None:
     raise UserError(f"--workdir={args.workdir} has no checkpoint yet.")
@@ -120,11 +125,11 @@ def _of_weights(args, overrides):
 
 def _show(stream, prompts, args):
   """Prints one answer as it comes, several when all of them are there."""
-  alone, shown = len(prompts) == 1 and not args.json, 0
-  if alone:
-    print(prompts[0], end="\n" if args.template else "", flush=True)
+  alone, shown, between = len(prompts) == 1 and not args.json, None, "\n" if args.template else ""
   for answers in stream:
     if alone:
+      if shown is None:  # Nothing is wrong, then.
+        print(prompts[0], end=between, flush=True)
       print(answers[0].text[shown:], end="", flush=True)
       shown = len(answers[0].text)
   if alone:
@@ -137,7 +142,6 @@ def _show(stream, prompts, args):
       print(json.dumps(found, ensure_ascii=False))
       continue
     if not alone:
-      between = "\n" if args.template else ""
       print(f"{'' if i == 0 else chr(10)}--- {i}\n{prompt}{between}{answer.text}")
     if args.log_probabilities:
       count = len(answer.tokens)

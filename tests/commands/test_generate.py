@@ -46,7 +46,7 @@ def tuned(tmp_path_factory):
   (folder / "one.txt").write_text(LINE * 40)
   (folder / "other.txt").write_text(OTHER * 40)
   config = dict(
-    total_steps=40,
+    total_steps=60,
     batch_size=16,
     data=dict(source=dict(name="text", path=str(folder / "one.txt"), block=CONTEXT)),
     model=dict(name="decoder", vocab_size=len(set(LINE)), context=CONTEXT, width=32, depth=1, heads=2, mlp_dim=64),
@@ -83,13 +83,14 @@ def test_a_model_of_one_line_writes_it(workdir, capsys):
 
 
 def test_a_tuned_run_writes_what_it_was_tuned_on_and_so_do_its_published_weights(tuned, capsys):
-  flags = ["--prompt=; the ", "--temperature=0", "--max_tokens=18"]
-  assert generate(capsys, f"--workdir={tuned}/one", *flags) == "; " + LINE[:22] + "\n"
-  assert generate(capsys, f"--workdir={tuned}/other", *flags) == "; " + OTHER[:22] + "\n"
-  generate_weights = [f"--weights={tuned}/published", f"--tokenizer={tuned}/tokenizer", *flags]
+  flags = ["--temperature=0", "--max_tokens=8"]
+  one, other = (f"--prompt={line[12:]}the " for line in (LINE, OTHER))
+  assert generate(capsys, f"--workdir={tuned}/one", one, *flags) == "on the mat; the cat sat \n"
+  assert generate(capsys, f"--workdir={tuned}/other", other, *flags) == "on the cat; the mat sat \n"
   tokenizers.characters(LINE).save(tuned / "tokenizer")
   assert main.main(["weights", "export", f"{tuned}/other", f"{tuned}/published"]) == 0
-  assert generate(capsys, *generate_weights) == "; " + OTHER[:22] + "\n"
+  published = [f"--weights={tuned}/published", f"--tokenizer={tuned}/tokenizer"]
+  assert generate(capsys, *published, other, *flags) == "on the cat; the mat sat \n"
 
 
 def test_several_prompts_are_a_batch_and_strings_end_answers(workdir, capsys):
