@@ -72,7 +72,7 @@ def resolve(file, variant, data):
   source = file.read_text()
   arguments = [variant] if variant else []
   arguments += [f"data={data}"] if 'data="data"' in source else []
-  arguments += [f"text={data / 'tinyshakespeare.txt'}"] if "text=" in source else []
+  arguments += [f"text={data / 'tinyshakespeare.txt'}"] if " text=" in source else []
   arguments += [f"tokens={data / 'store'}"] if "tokens=" in source else []
   arguments += [f"books={data}"] if "books=" in source else []
   spec = f"{file}:{','.join(arguments)}" if arguments else str(file)
