@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from bigjax.models import blockwise
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
@@ -69,10 +67,6 @@ def rotate(
   """Turns the pairs of every head, in float32; dimensions that the table has no angle for stay."""
   half = table.shape[-1]
   cos, sin = table[:, :, None, 0], table[:, :, None, 1]
-  if x.shape[-1] == 2 * half and blockwise.platform() == "tpu":
-    # Halves of a head are half of a vector unit's lanes, and so are copies of them: 8% of Llama 3.1 8B's cycles.
-    wide, cos, sin = x.astype(jnp.float32), jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
-    return (wide * cos + jnp.roll(wide, half, axis=-1) * sin).astype(x.dtype)
   first, second = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
   turned = [first * cos - second * sin, second * cos + first * sin]
   return jnp.concatenate([*(part.astype(x.dtype) for part in turned), x[..., 2 * half :]], axis=-1)

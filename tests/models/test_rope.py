@@ -1,11 +1,9 @@
 """Rotary positions against the published formulas and what they are for."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigjax.models import blockwise
 from bigjax.models.rope import Rope, rotate, sharpness
 
 RNG = np.random.default_rng(0)
@@ -68,19 +66,3 @@ def test_yarn_of_deepseek_keeps_fast_pairs_and_slows_slow_ones():
   np.testing.assert_allclose(table[0, 0, 0], 0.1 * np.log(40) + 1, rtol=1e-6)
   assert Rope(dim=64, scaling="yarn", factor=40.0, amplitude=1.0).table(jnp.asarray([[0]]))[0, 0, 0, 0] == 1
   assert sharpness(1.0) == 1 and sharpness(40.0) == pytest.approx(1.3689, abs=1e-4)
-
-
-def test_what_a_tpu_turns_whole_is_what_the_halves_are(monkeypatch):
-  rng = np.random.default_rng(0)
-  x, slope = (jnp.asarray(rng.normal(size=(2, 16, 3, 8)), jnp.float32) for _ in range(2))
-  table = Rope(dim=8).table(jnp.arange(16)[None])
-
-  def both():
-    value, pull = jax.vjp(lambda x: rotate(x, table), x)
-    return value, pull(slope)[0]
-
-  halves = both()
-  monkeypatch.setattr(blockwise, "platform", lambda: "tpu")
-  whole = both()
-  np.testing.assert_array_equal(whole[0], halves[0])
-  np.testing.assert_allclose(whole[1], halves[1], rtol=1e-6, atol=1e-6)
