@@ -190,7 +190,7 @@ def delete(tpu: Tpu, args=None) -> int:
 
 
 def watch(tpu: Tpu, args) -> int:
-  """wait for the end; after a preemption make all of it anew, after exit code 75 run again"""
+  """wait for the end; after a preemption make all of it anew, after exit code 75 or 76 run again"""
   check_command(tpu)
   if tpu.dry_run:
     return rehearse(tpu)
@@ -233,16 +233,16 @@ def rehearse(tpu: Tpu) -> int:
   status(tpu)
   say("# when the TPU was preempted:")
   begin(tpu, anew=True)
-  say("# when the run ended with exit code 75, or its VM was started anew:")
+  say("# when the run ended with exit code 75 or 76, or its VM was started anew:")
   return run(tpu)
 
 
 def verdict(jobs: dict[str, str]) -> str:
   """Returns what all workers together are: running, stopped, lost, none, done, again, mistake, failed; '' unknown."""
   doing = set(jobs.values())
-  for word in doing if len(doing) == 1 else ("running", "stopped", "lost", "ended 75", "ended 2"):
+  for word in doing if len(doing) == 1 else ("running", "stopped", "lost", "ended 75", "ended 76", "ended 2"):
     if word in doing:
-      return {"ended 0": "done", "ended 75": "again", "ended 2": "mistake"}.get(
+      return {"ended 0": "done", "ended 75": "again", "ended 76": "again", "ended 2": "mistake"}.get(
         word, "failed" if "ended" in word else word
       )
   return "failed" if doing else ""

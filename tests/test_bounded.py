@@ -1,6 +1,7 @@
 """A run leaves nothing behind but its workdir, and takes no more memory the longer it goes on."""
 
 import copy
+import ctypes
 import gc
 import os
 import pathlib
@@ -85,8 +86,9 @@ def test_host_memory_is_flat_over_2000_steps_with_a_save_every_20(tmp_path, monk
 
   def measured(self, step, values):
     original(self, step, values)
-    if step % 20 == 10:
+    if step % 100 == 90:
       gc.collect()
+      ctypes.CDLL(None).malloc_trim(0)  # What the C library keeps for later is no part of the run.
       resident.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * page)
 
   monkeypatch.setattr(train.Logger, "step", measured)
@@ -96,4 +98,4 @@ def test_host_memory_is_flat_over_2000_steps_with_a_save_every_20(tmp_path, monk
   later = np.array(resident[len(resident) // 4 :]) / 2**20
   growth = np.polyfit(np.arange(len(later)), later, 1)[0] * len(later)
   print(f"{later[0]:.0f} MiB after 500 steps, {later[-1]:.0f} MiB after 2,000; fitted growth {growth:.1f} MiB")
-  assert abs(growth) < 16 and later.max() - later[0] < 48
+  assert abs(growth) < 16 and later.max() - later[0] < 32

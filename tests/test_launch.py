@@ -89,9 +89,10 @@ class Cluster:
 @pytest.mark.parametrize(
   ("code", "state", "restarts", "requeued"),
   [(0, "RUNNING", 0, ""), (1, "RUNNING", 0, ""), (2, "RUNNING", 0, ""), (75, "RUNNING", 0, "requeue 17\n")]
+  + [(76, "RUNNING", 0, "requeue 17\n")]
   + [(75, "RUNNING", 3, ""), (75, "COMPLETING", 0, ""), (75, "", 2, "requeue 17\n")],
 )
-def test_a_slurm_job_goes_back_to_the_queue_after_75_alone(tmp_path, code, state, restarts, requeued):
+def test_a_slurm_job_goes_back_to_the_queue_after_75_and_76_alone(tmp_path, code, state, restarts, requeued):
   cluster = Cluster(tmp_path, state)
   cluster.program(".venv/bin/bigjax", f"exit {code}")
   job = cluster.start(rendered("slurm", "--max_restarts=3", *TRAIN), SLURM_RESTART_COUNT=str(restarts))

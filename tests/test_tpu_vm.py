@@ -221,8 +221,9 @@ def test_after_a_preemption_everything_is_made_anew_and_the_run_goes_on(cloud, q
 
 
 @needs_flock
-def test_exit_code_75_runs_again_on_the_same_machines(cloud):
-  cloud.codes("75", "0")
+@pytest.mark.parametrize("code", ["75", "76"])
+def test_exit_codes_75_and_76_run_again_on_the_same_machines(cloud, code):
+  cloud.codes(code, "0")
   done = cloud("up", "a", *V5E, "--watch", *TRAIN)
   assert done.returncode == 0, done.stderr
   assert cloud.starts(0) == cloud.starts(1) == 2

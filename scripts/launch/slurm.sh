@@ -1,7 +1,8 @@
 #!/bin/bash
 # Training on Slurm, made by scripts/launch/render.py. Processes find each other by what srun tells them.
-# 120 s before the time is up, or when the job is preempted, the run saves itself and ends with exit code 75;
-# then the job goes back to the queue, and goes on from there. The folder has to be on storage that all nodes share.
+# 120 s before the time is up, or when the job is preempted, the run saves itself and ends with exit code 75, and with
+# 76 when it hangs or loses a process; then the job goes back to the queue, and goes on from there. The folder has to be
+# on storage that all nodes share.
 #SBATCH --job-name={{name}}
 #SBATCH --nodes={{nodes}}
 #SBATCH --ntasks-per-node={{tasks_per_node}}
@@ -30,7 +31,7 @@ while :; do
   [ -n "$told" ] || break # else it was the wait that ended, not the step
 done
 
-if [ "$code" = 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt {{max_restarts}} ]; then
+if { [ "$code" = 75 ] || [ "$code" = 76 ]; } && [ "${SLURM_RESTART_COUNT:-0}" -lt {{max_restarts}} ]; then
   case $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null) in
     RUNNING | "") scontrol requeue "$SLURM_JOB_ID" ;;
     *) echo "stopped by scancel, or requeued by Slurm itself" ;;
