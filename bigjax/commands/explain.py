@@ -67,7 +67,7 @@ def compiled_text(run) -> str:
   from bigjax import train
 
   with _lines_in_cache_keys():
-    return train.compile_step(run).as_text()
+    return train.compile_step(run).compiled.as_text()
 
 
 @contextlib.contextmanager
