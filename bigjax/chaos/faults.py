@@ -55,7 +55,8 @@ def draw(rng: random.Random, kinds: Sequence[str], processes: int, steps: int) -
 def damage(kind: str, workdir: str, rng: random.Random) -> str | None:
   """Damages a file of a run that stands still; returns what it did, or None where there is nothing to damage.
 
-  A checkpoint is damaged only where there is another to go back to: a run that has no intact one left says so and stops.
+  A checkpoint is damaged only where there is another to go back to: a run that has no intact one left says so and
+  stops.
   """
   if kind == "torn line":
     file = os.path.join(workdir, "metrics.jsonl")

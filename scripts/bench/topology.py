@@ -198,7 +198,7 @@ def compare(devices, rounds=9):
         batch = jax.device_put(
           {k: jnp.ones(v.shape, v.dtype) for k, v in run.batch.items()}, sharding.batch_sharding(run.mesh)
         )
-      memory = step.memory_analysis()
+      memory = step.compiled.memory_analysis()
       parameters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.abstract.params))
       held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
       steps[layout, name] = [step, state, batch, key, [], held / parameters]
