@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.nnx.nn import dtypes
 
 from bigjax import paths
 from bigjax.errors import UserError
@@ -54,7 +55,7 @@ class Adapter(nnx.Module):
     self.a, self.b = nnx.Param(pair["a"]), nnx.Param(pair["b"])
     self.scale, self.dropout, self.dtype = scale, dropout, dtype
     self.key = None if key is None else nnx.Variable(key)
-    self.dot_general = jax.lax.dot_general  # `precision.summed` looks for this.
+    self.dot_general, self.promote_dtype = jax.lax.dot_general, dtypes.promote_dtype  # As in nnx.Linear.
 
   def __call__(self, x: jax.Array) -> jax.Array:
     dtype = self.dtype or x.dtype
@@ -62,7 +63,8 @@ class Adapter(nnx.Module):
       keep = jax.random.bernoulli(self.key[...], 1 - self.dropout, x.shape)
       x = jnp.where(keep, x / (1 - self.dropout), jnp.zeros_like(x))
     for factor in (self.a, self.b):
-      x = self.dot_general(x.astype(dtype), factor[...].astype(dtype), (((x.ndim - 1,), (0,)), ((), ())))
+      x, kernel, _ = self.promote_dtype((x, factor[...], None), dtype=dtype)
+      x = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
     return x * jnp.asarray(self.scale, dtype)
 
 

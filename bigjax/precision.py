@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.nnx.nn import dtypes
 from jax.ad_checkpoint import checkpoint_name
 
 from bigjax import paths
@@ -127,32 +128,45 @@ def summed(module: nnx.Module) -> nnx.Module:
   """Returns the module, its dense layers told to add up the gradients of their kernels in float32.
 
   A product in bfloat16 is rounded to bfloat16, and where devices split the batch that is before their parts are added
-  together, in bfloat16 again. Activations and their gradients stay what they are.
+  together, in bfloat16 again. So the rule of the gradient is around the rounding of the kernel as well: a rounding of
+  its result would be moved ahead of the sum by the compiler. Activations and their gradients stay what they are.
   """
   for _, layer in nnx.iter_modules(module):
     if getattr(layer, "dot_general", None) is jax.lax.dot_general:
-      layer.dot_general = _dot
+      layer.dot_general, layer.promote_dtype = _dot, _promoted
   return module
+
+
+def _promoted(arrays, *, dtype=None):
+  """As Flax promotes (inputs, kernel, bias), but for the kernel, which `_dot` rounds."""
+  inputs, kernel, bias = arrays
+  if dtype is None or jnp.dtype(dtype) == jnp.float32 or kernel.dtype != jnp.float32:
+    return dtypes.promote_dtype(arrays, dtype=dtype)
+  inputs, bias = dtypes.promote_dtype((inputs, bias), dtype=dtype)
+  return inputs, kernel, bias
 
 
 def _dot(inputs, kernel, dimension_numbers, **kwargs):
   dense = (((inputs.ndim - 1,), (0,)), ((), ()))
-  if inputs.dtype == jnp.float32 or inputs.dtype != kernel.dtype or dimension_numbers != dense:
+  if inputs.dtype == kernel.dtype:
     return jax.lax.dot_general(inputs, kernel, dimension_numbers, **kwargs)
+  if dimension_numbers != dense:
+    return jax.lax.dot_general(inputs, kernel.astype(inputs.dtype), dimension_numbers, **kwargs)
   return checkpoint_name(_dense(inputs, kernel), DENSE)  # Policies of remat don't see a product inside a rule.
 
 
 @jax.custom_vjp
 def _dense(inputs, kernel):
-  return jax.lax.dot_general(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ())))
+  return jax.lax.dot_general(inputs, kernel.astype(inputs.dtype), (((inputs.ndim - 1,), (0,)), ((), ())))
 
 
 def _dense_backward(saved, gradient):
   inputs, kernel = saved
   batch = tuple(range(inputs.ndim - 1))
-  to_inputs = jax.lax.dot_general(gradient, kernel, (((inputs.ndim - 1,), (1,)), ((), ())))
+  rounded = kernel.astype(inputs.dtype)
+  to_inputs = jax.lax.dot_general(gradient, rounded, (((inputs.ndim - 1,), (1,)), ((), ())))
   to_kernel = jax.lax.dot_general(inputs, gradient, ((batch, batch), ((), ())), preferred_element_type=jnp.float32)
-  return to_inputs, to_kernel.astype(kernel.dtype)
+  return to_inputs, to_kernel
 
 
 _dense.defvjp(lambda inputs, kernel: (_dense(inputs, kernel), (inputs, kernel)), _dense_backward)

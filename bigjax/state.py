@@ -74,7 +74,7 @@ class Model:
       own = self.adapters.applied(precision.cast(own, jnp.float32), wide)
     module = nnx.merge(self._graphdef, _numbered(own), _numbered(kept))
     summed = precision.summed if self.exact else lambda module: module
-    module = quantize.applied(summed(module), self.products)
+    module = summed(quantize.applied(module, self.products))
     return module if self.adapters is None else summed(self.adapters.attached(module, wide, key))
 
   def extras(self, module: nnx.Module, before: PyTree) -> PyTree:
