@@ -291,9 +291,10 @@ def test_while_the_disk_is_full_nothing_is_lost_and_afterwards_checkpoints_are_w
   monkeypatch.setattr(checkpoint, "BACK_OFF", (0, 0))
   notes = []
   with opened(workdir, notes) as checkpoints:
+    made = {step: state_of(step, 64) for step in (40, 50)}  # What is compiled for them is cached on disk, too.
     disk.full()
-    for step in (40, 50):
-      checkpoints.save(step, state_of(step, 64), {})
+    for step, state in made.items():
+      checkpoints.save(step, state, {})
       assert checkpoints._saving.ended() and checkpoints.owed()
       assert f"step {step} could not be written" in notes[-1] and "last one is that of step 30" in notes[-1]
       assert checkpoints.steps() == [10, 20, 30]
@@ -331,16 +332,17 @@ def test_what_has_to_be_saved_is_tried_a_few_times_and_then_an_error(workdir, di
   pauses = []
   monkeypatch.setattr(checkpoint.time, "sleep", pauses.append)
   checkpoints = opened(workdir, notes := [])
+  large, small = state_of(40, 64), state_of(40)  # Before: what is compiled for them is cached on disk, too.
   disk.full()
   with pytest.raises(OSError, match=r"File too large.* that of step 30.*same command again"):
-    checkpoints.save(40, state_of(40, 64), {}, insist=True)
+    checkpoints.save(40, large, {}, insist=True)
   disk.mended()
   assert pauses == [1, 2, 4] and len(notes) == 4
   assert restored_step(workdir, []) == 30
   with opened(workdir, notes := []) as checkpoints:
     disk.full()
     monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: disk.mended())
-    checkpoints.save(40, state_of(40), {"remembered": 40}, insist=True)
+    checkpoints.save(40, small, {"remembered": 40}, insist=True)
   assert restored_step(workdir, []) == 40
 
 
