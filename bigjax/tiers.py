@@ -68,7 +68,7 @@ class Off:
     return checkpoints
 
   def clear(self) -> None:
-    """Removes them: there is a newer permanent one."""
+    """Removes those there are, which is none."""
 
 
 class Temporary:

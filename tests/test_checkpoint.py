@@ -86,7 +86,7 @@ def place(name):
   return abstract, laid_out(abstract, axes, strategy, form if isinstance(form, int) else 1)
 
 
-def check_restores(tmp_path, saved_at, names):
+def assert_restores(tmp_path, saved_at, names):
   abstract, shardings = place(saved_at)
   with Checkpoints(str(tmp_path)) as checkpoints:
     checkpoints.save(3, jax.device_put(expected(abstract), shardings), {"best": 0.5})
@@ -110,13 +110,13 @@ def check_restores(tmp_path, saved_at, names):
   ],
 )
 def test_saved_on_one_mesh_in_one_form_it_restores_on_others_to_the_bit(tmp_path, saved_at, names):
-  check_restores(tmp_path, saved_at, names)
+  assert_restores(tmp_path, saved_at, names)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("saved_at", PLACES)
 def test_saved_on_any_mesh_and_in_any_form_it_restores_on_any_other_to_the_bit(tmp_path, saved_at):
-  check_restores(tmp_path, saved_at, PLACES)
+  assert_restores(tmp_path, saved_at, PLACES)
 
 
 def saved(tmp_path, params):

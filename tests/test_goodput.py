@@ -49,14 +49,22 @@ def test_every_second_of_every_start_went_somewhere(tmp_path):
   run = record.read_run(str(tmp_path))
   assert len(run["spent"]) == 2 and run["spent"][0] == one["spent"][0]
   assert run["seconds"] == goodput.totals(run["spent"])
-  assert 0.4 * took < sum(run["seconds"].values()) < took  # Imports and a loaded machine take the rest.
+  assert 0.7 * took < sum(run["seconds"].values()) < took
   # Each part of a run has a name, and took some time.
   assert set(run["seconds"]) == {"start", "compile", "restore", "input", "host", "device", "eval", "save"}
   assert all(seconds > 0 for seconds in run["seconds"].values())
   computed = run["seconds"]["device"] + run["seconds"]["host"]
   assert run["goodput"] == pytest.approx(computed / sum(run["seconds"].values()))
   said = metrics.summary(tmp_path)
-  assert f"goodput    {run['goodput']:.1%}; " in said and "compile" in said
+  assert f"goodput    {run['goodput']:.1%}; " in said
+  # Of the parts, those that can be seen: the compiler may be done before the state is there.
+  shares = {
+    name: run["seconds"][name] / sum(run["seconds"].values()) for name in run["seconds"].keys() - {"device", "host"}
+  }
+  assert {name for name in shares if f"{name} {shares[name]:.1%}" in said} >= {
+    n for n, x in shares.items() if x >= 0.001
+  }
+  assert not any(f"{name} 0.0%" in said for name in shares)
 
 
 def test_what_a_killed_start_did_after_its_last_note_is_lost(tmp_path):

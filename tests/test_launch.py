@@ -41,7 +41,9 @@ def test_a_laptop_needs_python_39_and_no_package(name):
 
 @pytest.mark.parametrize("name", ["tpu_worker.sh", "slurm.sh"])
 def test_a_shell_reads_the_scripts(name):
-  subprocess.run(["bash" if name == "slurm.sh" else "sh", "-n", ROOT / "scripts" / "launch" / name], check=True)
+  shell = "bash" if name == "slurm.sh" else "sh"
+  read = subprocess.run([shell, "-n", ROOT / "scripts" / "launch" / name], capture_output=True, text=True)
+  assert read.returncode == 0 and not read.stderr, read.stderr
 
 
 # Slurm

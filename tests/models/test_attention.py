@@ -79,7 +79,7 @@ def words(mask):
   return {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in mask.items()}
 
 
-def close(found, expected, at_most=1e-5):
+def assert_close(found, expected, at_most=1e-5):
   for a, b in zip(found, expected, strict=True):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert np.isfinite(a).all()
@@ -91,7 +91,7 @@ def close(found, expected, at_most=1e-5):
 def test_the_reference_is_softmax_attention(mask, kv_heads):
   *qkv, _ = arrays(kv_heads=kv_heads)
   found = attention.attend(*qkv, **words(MASKS[mask]), backend="reference")
-  close([found], [by_hand(*qkv, **MASKS[mask])])
+  assert_close([found], [by_hand(*qkv, **MASKS[mask])])
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -117,20 +117,20 @@ def test_chunked_is_the_reference_forward_and_backward(mask, kv_heads, monkeypat
   monkeypatch.setattr(blockwise, "block_size", lambda batch, heads: 7)  # 24 tokens: four blocks of 6.
   given = arrays(kv_heads=kv_heads)
   mask = words(MASKS[mask])
-  close(outcome(*given, **mask, backend="chunked"), outcome(*given, **mask, backend="reference"))
+  assert_close(outcome(*given, **mask, backend="chunked"), outcome(*given, **mask, backend="reference"))
 
 
 def test_chunked_pads_a_length_that_nothing_divides(monkeypatch):
   monkeypatch.setattr(blockwise, "block_size", lambda batch, heads: 8)
   given = arrays(seq=23)
   for mask in ({}, dict(causal=True), dict(segments=jnp.asarray(SEGMENTS[:, :23]))):
-    close(outcome(*given, **mask, backend="chunked"), outcome(*given, **mask, backend="reference"))
+    assert_close(outcome(*given, **mask, backend="chunked"), outcome(*given, **mask, backend="reference"))
 
 
 @pytest.mark.parametrize("mask", [name for name in MASKS if name != "softcap"])
 def test_the_one_of_jax_is_the_reference(mask):
   given, mask = arrays(), words(MASKS[mask])
-  close(outcome(*given, **mask, backend="jax"), outcome(*given, **mask, backend="reference"))
+  assert_close(outcome(*given, **mask, backend="jax"), outcome(*given, **mask, backend="reference"))
 
 
 LONG = np.repeat(SEGMENTS, 32, axis=1)[:, :256]
@@ -153,7 +153,7 @@ def test_splash_is_the_reference(mask):
   given = arrays(seq=256, heads=2, kv_heads=1)
   mask = words(mask)
   # Its exponentials are of bfloat16 products in no case, but its sums run in another order.
-  close(outcome(*given, **mask, backend="splash"), outcome(*given, **mask, backend="reference"), 2e-5)
+  assert_close(outcome(*given, **mask, backend="splash"), outcome(*given, **mask, backend="reference"), 2e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "jax"])
@@ -162,7 +162,7 @@ def test_bfloat16_has_its_softmax_in_float32(backend):
   exact = outcome(*(x.astype(jnp.float32) for x in given), causal=True)
   found = outcome(*given, causal=True, backend=backend)
   assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
-  close(found, exact, 2e-2)
+  assert_close(found, exact, 2e-2)
 
 
 def test_values_may_have_another_size_than_keys(monkeypatch):
@@ -171,7 +171,7 @@ def test_values_may_have_another_size_than_keys(monkeypatch):
   value, out_gradient = value[..., :5], out_gradient[..., :5]
   reference = outcome(query, key, value, out_gradient, causal=True, backend="reference")
   assert reference[0].shape == (BATCH, SEQ, HEADS, 5)
-  close(outcome(query, key, value, out_gradient, causal=True, backend="chunked"), reference)
+  assert_close(outcome(query, key, value, out_gradient, causal=True, backend="chunked"), reference)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "jax"])
@@ -198,7 +198,7 @@ def test_dropout_drops_the_same_weights_in_every_backend(monkeypatch):
   given = arrays()
   reference = outcome(*given, **dropping, backend="reference")
   assert np.abs(reference[0] - outcome(*given, causal=True)[0]).max() > 0.1
-  close(outcome(*given, **dropping, backend="chunked"), reference)
+  assert_close(outcome(*given, **dropping, backend="chunked"), reference)
 
 
 def test_memory_of_chunked_grows_with_the_sequence_and_that_of_the_reference_with_its_square():

@@ -47,7 +47,7 @@ def test_a_config_is_estimated_wherever_its_data_are(file, monkeypatch, tmp_path
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
 def test_a_config_is_compiled_for_a_slice_that_is_not_here(file, tmp_path):
   if file.stem in TABLES or (file.stem == "mnist1d" and importlib.util.find_spec("mnist1d") is None):
-    pytest.skip("its data are not here")
+    pytest.skip(f"{file.stem} reads a table or a package that is not here, and its shapes with it")
   topology = CHIPS.get(file.stem, "v5e:2x2")
   command = [sys.executable, "-m", "bigjax", "plan", f"--config={file}", f"--topology={topology}", "--json"]
   done = subprocess.run(
