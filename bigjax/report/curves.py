@@ -40,13 +40,13 @@ def png(run: Run) -> bytes:
     figure = Figure(figsize=(4.4 * columns, 2.9 * lines + 0.7), dpi=150, layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     figure.suptitle(run.name, x=0.02, ha="left", fontsize=13, fontweight="bold", color=INK, parse_math=False)
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     colour_of = _colours(run.labels, COLOURS)
     for axis, panel in zip(axes, panels, strict=False):
       axis.set_title(panel.title, loc="left", fontsize=10.5, fontweight="bold", color=INK, parse_math=False)
       axis.set_title(note(panel), loc="right", fontsize=8.5, color=FAINT, parse_math=False)
       draw(axis, panel, run.steps, colour_of, INK, FAINT, BAD)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
       axis.set_visible(False)
     if run.labels != ("train",):
       from matplotlib.lines import Line2D
