@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import functools
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +26,7 @@ from bigjax.goodput import Spent
 from bigjax.guard import Guard
 from bigjax.ledger import Ledger
 from bigjax.plan import mfu, profiles
+from bigjax.saves import Saves
 from bigjax.sentry import Step
 from bigjax.stops import Stops
 from bigjax.watchdog import Watchdog
@@ -65,12 +66,12 @@ def attempt(config: TrainConfig, workdir: str, stop: Stops, throughout: contextl
     with concurrent.futures.ThreadPoolExecutor(1) as background:
       compiling = background.submit(compile_step, run)  # While the first state is made or read.
       with clock.within("restore"):
-        state, loop = start(run, temporary.newest(checkpoints))
+        state, beside = start(run, temporary.newest(checkpoints))
       with clock.within("compile"):
         step_fn, first = compiling.result(), int(state.step)
-    evaluations = Evaluations(run, stop, owed=loop.get("unmeasured", False))
-    watch = Watch.of(config.keep, config.early_stop, config.evals, loop)
-    guard = Guard(run, workdir, checkpoints, loop, forget=temporary.clear)
+    evaluations = Evaluations(run, stop, owed=beside.get("unmeasured", False))
+    watch = Watch.of(config.keep, config.early_stop, config.evals, beside)
+    guard = Guard(run, workdir, checkpoints, beside, forget=temporary.clear)
     spent = Spent(workdir, clock, primary)
     if primary:
       overview.write(run, workdir)
@@ -89,61 +90,77 @@ def attempt(config: TrainConfig, workdir: str, stop: Stops, throughout: contextl
     stack.enter_context(guard)
     progress.say(overview.headline(run))
 
-    key = jax.device_put(jax.random.fold_in(jax.random.key(config.seed), 1), sharding.replicated(run.mesh))
-    logger = Logger(writers, progress, mfu.of(run))
-    log_every = run.steps(config.log_every, "config.log_every")
-    save_every = [run.steps(config.checkpoint_every, "config.checkpoint_every")]
-    save_every += [run.keep().every] if config.keep.every is not None else []  # What is to be kept has to be saved.
-    kept = lambda: tuned.saved(run, state, watch.to_json() | evaluations.to_json() | guard.to_json())
-    if evaluations.owed:
-      watch = measure(first, state, evaluations, logger, watch)
-      writers.flush()
-      checkpoints.amend(first, kept()[1], watch.metric_at(first))
-    status = "stopped early" if watch.tired else "stopped" if evaluations.cut else "finished"
-
-    for step in range(first + 1, 1 + (run.total_steps if status == "finished" else first)):
-      due = functools.partial(run.due, step)
-      with progress.pause("input"):
-        batch = next(batches)
-      with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
-        state, measured = step_fn(state, batch, key)
-      with progress.pause("device"):
-        guard.seen(step, measured)
-      ledger.note(step)
-      logger.step(step, measured if due(log_every) else None)
-      watch = measure(step, state, evaluations, logger, watch)
-
-      asked = stop.look()
-      if watch.tired:
-        status = "stopped early"
-      elif asked:
-        status = "stopped"
-      ending = status != "finished"
-      lasting = any(map(due, save_every)) or watch.improved_at(step) or ending or checkpoints.owed()
-      if temporary.due(step) or lasting:
-        logger.flush()
-        guard.settle()
-        ledger.flush()
-        writers.flush()
-        with progress.pause("save"):
-          if lasting:
-            checkpoints.save(step, *kept(), watch.metric_at(step), insist=ending or step == run.total_steps)
-          else:
-            temporary.save(step, *kept())
-        spent.note()
-      if ending:
-        break
-
-    logger.flush()
-    with progress.pause("save"):
-      checkpoints.wait()
-    writers.flush()
+    logger = metrics.Logger(writers, progress, mfu.of(run))
+    saves = Saves(
+      run,
+      checkpoints,
+      temporary,
+      before=(logger.flush, guard.settle, ledger.flush, writers.flush),
+      beside=(evaluations, guard),
+      pause=progress.pause,
+      after=spent.note,
+    )
+    loop = Loop(run, step_fn, batches, guard, ledger, logger, evaluations, saves, stop, progress)
+    status, state, watch = loop.run_from(state, watch)
+    saves.wait()
     progress.close()
     facts = spent.facts(over=True) | stop.outcome() | dict(steps_per_second=progress.steps_per_second())
     if primary:
       record.finish(workdir, status, step=int(state.step), best=watch.to_json(), **facts)
   temporary.clear()  # Not after an error: then it is what the next start goes on from.
   return "rolled back" if guard.rolled_back else status
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+  """The loop, and the parts of a run that it uses: each does its work in one call a step."""
+
+  run: Experiment
+  step_fn: Step
+  batches: pipeline.Ahead
+  guard: Guard
+  ledger: Ledger
+  logger: metrics.Logger
+  evaluations: Evaluations
+  saves: Saves
+  stop: Stops
+  progress: metrics.Progress
+
+  def run_from(self, state: states.TrainState, watch: Watch) -> tuple[str, states.TrainState, Watch]:
+    """Trains from `state`, which it consumes; returns how that ended (see `train`), the last state and watch."""
+    run, first, last = self.run, int(state.step), self.run.total_steps
+    key = jax.device_put(jax.random.fold_in(jax.random.key(run.config.seed), 1), sharding.replicated(run.mesh))
+    log_every = run.steps(run.config.log_every, "config.log_every")
+    if self.evaluations.owed:
+      watch = self.measure(first, state, watch)
+      self.saves.amend(first, state, watch)
+    status = "stopped early" if watch.tired else "stopped" if self.evaluations.cut else "finished"
+
+    for step in range(first + 1, 1 + (last if status == "finished" else first)):
+      with self.progress.pause("input"):
+        batch = next(self.batches)
+      with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
+        state, measured = self.step_fn(state, batch, key)
+      with self.progress.pause("device"):
+        self.guard.seen(step, measured)
+      self.ledger.note(step)
+      self.logger.step(step, measured if run.due(step, log_every) else None)
+      watch = self.measure(step, state, watch)
+
+      asked = self.stop.look()  # By all hosts at every step.
+      status = "stopped early" if watch.tired else "stopped" if asked else "finished"
+      self.saves.at(step, state, watch, ending=status != "finished")
+      if status != "finished":
+        break
+    return status, state, watch
+
+  def measure(self, step: int, state: states.TrainState, watch: Watch) -> Watch:
+    """Returns the watch after what is measured at a step, which is written."""
+    measurements = self.evaluations.at(step, state, self.logger.pause)
+    if not measurements:
+      return watch
+    self.logger.evals(step, measurements)
+    return watch.seen(step, measurements)
 
 
 def evaluate(config: TrainConfig, workdir: str, step: int | None = None) -> tuple[int, dict[str, Any]]:
@@ -255,15 +272,6 @@ def accumulate(grad_fn, parts: int, skip: bool = False):
   return summed
 
 
-def measure(step: int, state: states.TrainState, evaluations: Evaluations, logger: Logger, watch: Watch) -> Watch:
-  """Returns the watch after what is measured at a step, which is written."""
-  measurements = evaluations.at(step, state, logger.pause)
-  if not measurements:
-    return watch
-  logger.evals(step, measurements)
-  return watch.seen(step, measurements)
-
-
 def train_batches(
   run: Experiment, first: int, skips: pipeline.Skips = (), fetched: Callable[..., None] | None = None
 ) -> pipeline.Ahead:
@@ -282,34 +290,3 @@ def train_batches(
     hosts=parts,
   )
   return pipeline.to_device(run.checked(batches), sharding.batch_sharding(run.mesh))
-
-
-class Logger:
-  """Fetches a step's metrics once the next step is on its way, so that the devices never wait for the host."""
-
-  def __init__(self, writers: metrics.Writers, progress: metrics.Progress, speed: Callable[[Any], Mapping[str, float]]):
-    self._writers, self._progress, self._pending = writers, progress, None
-    self._speed = speed  # What there is to say of so many steps a second.
-    self._pace, self.pause = metrics.Pace(progress.watch), progress.pause
-
-  def step(self, step: int, measured: Mapping[str, jax.Array] | None) -> None:
-    self.flush()
-    self._pending = None if measured is None else (step, measured)
-    self._progress.update(step, None)
-
-  def evals(self, step: int, measurements: Mapping[str, Any]) -> None:
-    self.flush()
-    self._writers.write(step, measurements)
-    self._progress.note(step, measurements)
-
-  def flush(self) -> None:
-    """Writes the metrics that are waiting."""
-    if self._pending is None:
-      return
-    (step, measured), self._pending = self._pending, None
-    with self.pause("device"):
-      values = {k: float(v) for k, v in jax.device_get(measured).items()}
-    values |= self._speed(self._progress.steps_per_second())
-    self._writers.write(step, values)
-    self._writers.time(step, self._pace.since(step))
-    self._progress.update(step, values)

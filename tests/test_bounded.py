@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bigjax import config as configs
-from bigjax import experiment, train
+from bigjax import experiment, metrics, train
 
 IMAGES = dict(name="synthetic", kind="images", num_examples=400, shape=(8, 8, 1), num_classes=3)
 TINY = dict(
@@ -60,14 +60,14 @@ def test_no_thread_file_handle_or_temporary_file_is_left_behind(tmp_path, monkey
   gc.collect()
   before = handles(), threads()
   if fails:
-    original = train.Logger.step
+    original = metrics.Logger.step
 
     def failing(self, step, measured):
       original(self, step, measured)
       if step == 7:
         raise RuntimeError("unplugged")
 
-    monkeypatch.setattr(train.Logger, "step", failing)
+    monkeypatch.setattr(metrics.Logger, "step", failing)
     with pytest.raises(RuntimeError, match="unplugged"):
       run(tmp_path / "second")
   else:
@@ -82,7 +82,7 @@ def test_no_thread_file_handle_or_temporary_file_is_left_behind(tmp_path, monkey
 @pytest.mark.slow
 def test_host_memory_is_flat_over_2000_steps_with_a_save_every_20(tmp_path, monkeypatch):
   page, resident = os.sysconf("SC_PAGESIZE"), []
-  original = train.Logger.step
+  original = metrics.Logger.step
 
   def measured(self, step, values):
     original(self, step, values)
@@ -91,7 +91,7 @@ def test_host_memory_is_flat_over_2000_steps_with_a_save_every_20(tmp_path, monk
       ctypes.CDLL(None).malloc_trim(0)  # What the C library keeps for later is no part of the run.
       resident.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * page)
 
-  monkeypatch.setattr(train.Logger, "step", measured)
+  monkeypatch.setattr(metrics.Logger, "step", measured)
   # 2.4 MB of state: one that leaked at each save would be 240 MB.
   model = TINY["model"] | dict(widths=(512, 256))
   run(tmp_path, total_steps=2000, checkpoint_every=20, log_every=10, model=model, evals={}, writers=("jsonl",))

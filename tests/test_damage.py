@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from bigjax import checkpoint, commits, experiment, record, train
+from bigjax import checkpoint, commits, experiment, metrics, record, train
 from bigjax import config as configs
 from bigjax import state as states
 from bigjax.checkpoint import Checkpoints, Damaged
@@ -411,7 +411,7 @@ def test_a_run_goes_on_while_its_disk_is_full(tmp_path, disk, monkeypatch, ends)
   config = tiny(width=256)
   train.train(config, str(tmp_path / "whole"))
   disk.limit = 16000  # Its parameters are more, the metrics less.
-  original = train.Logger.step
+  original = metrics.Logger.step
 
   def logged(self, at, measured):
     if at == 7:
@@ -423,7 +423,7 @@ def test_a_run_goes_on_while_its_disk_is_full(tmp_path, disk, monkeypatch, ends)
     original(self, at, measured)
 
   with monkeypatch.context() as patch:
-    patch.setattr(train.Logger, "step", logged)
+    patch.setattr(metrics.Logger, "step", logged)
     if ends == "mended":
       train.train(config, str(tmp_path / "parts"))
     else:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from bigjax import bundles, experiment, guard, ledger, record, train
+from bigjax import bundles, experiment, guard, ledger, metrics, record, train
 from bigjax import config as configs
 from bigjax.commands import ledger as command
 from bigjax.data import pipeline, synthetic
@@ -70,7 +70,7 @@ def steps(workdir):
 
 
 def stopped(config, workdir, monkeypatch, step):
-  logged = train.Logger.step
+  logged = metrics.Logger.step
 
   def log(self, at, measured):
     logged(self, at, measured)
@@ -78,7 +78,7 @@ def stopped(config, workdir, monkeypatch, step):
       os.kill(os.getpid(), signal.SIGTERM)
 
   with monkeypatch.context() as patch:
-    patch.setattr(train.Logger, "step", log)
+    patch.setattr(metrics.Logger, "step", log)
     assert train.train(config, str(workdir)) == "stopped"
 
 

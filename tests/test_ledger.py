@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bigjax import config as configs
-from bigjax import experiment, ledger, main, record, train, workdirs
+from bigjax import experiment, ledger, main, metrics, record, train, workdirs
 from bigjax.commands import ledger as command
 from bigjax.data import growth, mixture, pipeline, synthetic
 from bigjax.errors import UserError
@@ -36,7 +36,7 @@ def tiny(**changes):
 
 def stopped(config, workdir, monkeypatch, step):
   """Trains until a signal comes while `step` is logged."""
-  logged = train.Logger.step
+  logged = metrics.Logger.step
 
   def log(self, at, measured):
     logged(self, at, measured)
@@ -44,7 +44,7 @@ def stopped(config, workdir, monkeypatch, step):
       os.kill(os.getpid(), signal.SIGTERM)
 
   with monkeypatch.context() as patch:
-    patch.setattr(train.Logger, "step", log)
+    patch.setattr(metrics.Logger, "step", log)
     assert train.train(config, str(workdir)) == "stopped"
 
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from bigjax import config as configs
-from bigjax import experiment, paths, precision, train, updates
+from bigjax import experiment, metrics, paths, precision, train, updates
 from bigjax.errors import UserError
 
 VIT = dict(name="vit", num_classes=3, image_size=4, channels=1, patch_size=2, width=16, depth=2, heads=2, head="gap")
@@ -327,14 +327,14 @@ class StopAfter:
   """Sends this process a SIGTERM while step `step` is being logged, as a preempted machine would."""
 
   def __init__(self, monkeypatch, step):
-    original = train.Logger.step
+    original = metrics.Logger.step
 
     def logged(self, at, measured):
       original(self, at, measured)
       if at == step:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train.Logger, "step", logged)
+    monkeypatch.setattr(metrics.Logger, "step", logged)
 
 
 @pytest.mark.parametrize("word", ["bfloat16", "bfloat16_kahan", "float16"])

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from bigjax import commits, experiment, record, tiers, train
+from bigjax import commits, experiment, metrics, record, tiers, train
 from bigjax import config as configs
 from bigjax.errors import UserError
 
@@ -47,7 +47,7 @@ def rows(workdir):
 
 
 def crash(monkeypatch, config, workdir, at):
-  original = train.Logger.step
+  original = metrics.Logger.step
 
   def crashing(self, step, measured):
     original(self, step, measured)
@@ -55,7 +55,7 @@ def crash(monkeypatch, config, workdir, at):
       raise RuntimeError("unplugged")
 
   with monkeypatch.context() as patch:
-    patch.setattr(train.Logger, "step", crashing)
+    patch.setattr(metrics.Logger, "step", crashing)
     with pytest.raises(RuntimeError, match="unplugged"):
       train.train(config, str(workdir))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bigjax import config as configs
-from bigjax import experiment, initialise, record, train
+from bigjax import experiment, initialise, metrics, record, train
 from bigjax.errors import UserError
 
 TINY = dict(
@@ -68,14 +68,14 @@ class StopAfter:
   """Sends this process a SIGTERM while step `step` is being logged, as a preempted machine would."""
 
   def __init__(self, monkeypatch, step):
-    original = train.Logger.step
+    original = metrics.Logger.step
 
     def logged(self, at, measured):
       original(self, at, measured)
       if at == step:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train.Logger, "step", logged)
+    monkeypatch.setattr(metrics.Logger, "step", logged)
 
 
 def test_a_run_learns_and_says_what_it_did(tmp_path):
@@ -109,7 +109,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_bitwise_the_same(tmp_path, monkey
 def test_a_run_that_failed_goes_on_from_its_last_checkpoint_bitwise(tmp_path, monkeypatch):
   whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
   train.train(tiny(), whole)
-  original = train.Logger.step
+  original = metrics.Logger.step
 
   def killed(self, step, measured):
     original(self, step, measured)
@@ -117,7 +117,7 @@ def test_a_run_that_failed_goes_on_from_its_last_checkpoint_bitwise(tmp_path, mo
       raise RuntimeError("pulled the plug")
 
   with monkeypatch.context() as patch:
-    patch.setattr(train.Logger, "step", killed)
+    patch.setattr(metrics.Logger, "step", killed)
     with pytest.raises(RuntimeError, match="plug"):
       train.train(tiny(), parts)
   assert record.read_run(parts)["status"] == "failed" and "plug" in record.read_run(parts)["error"]

@@ -1,5 +1,6 @@
 """What a run measures of itself: rows in files, the line on the screen, the summary at the end."""
 
+from bigjax.metrics.logger import Logger
 from bigjax.metrics.progress import Progress
 from bigjax.metrics.reading import (
   best_and_last,
@@ -15,6 +16,7 @@ from bigjax.metrics.stopwatch import Pace, Stopwatch
 from bigjax.metrics.writers import Writers
 
 __all__ = [
+  "Logger",
   "Pace",
   "Progress",
   "Stopwatch",
