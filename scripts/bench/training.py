@@ -33,7 +33,8 @@ def bigjax(precision="float32"):
   from bigjax import config as configs
   from bigjax import experiment, sharding, train
 
-  config = configs.read(str(HERE / "gpt.py"), ["config.total_steps=100000", f"config.precision={precision}"])
+  config = configs.read(str(HERE / "gpt.py"), ["--config.total_steps=100000"])
+  config.precision = precision
   run = experiment.build(configs.resolve(config, experiment.TrainConfig))
   with jax.set_mesh(run.mesh):
     batches = train.train_batches(run, 0)
@@ -166,6 +167,7 @@ def main():
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(way, theirs), daemon=True)
     process.start()
+    theirs.close()  # So that we hear when it dies.
     print(f"{way}: loss {ours.recv():.4f} at its third step", flush=True)
     workers[way] = (process, ours)
 
