@@ -100,16 +100,16 @@ RUNS = """
   train = lambda workdir: main.main(["train", f"--config={config}", f"--workdir={workdir}"])
   found = {"codes": [train(here)]}
 
-  from bigjax import train as training
-  logged = training.Logger.step
+  from bigjax import metrics
+  logged = metrics.Logger.step
   def stop(self, at, measured):
     logged(self, at, measured)
     if at == 10:
       raise KeyboardInterrupt
 
-  training.Logger.step = stop
+  metrics.Logger.step = stop
   found["codes"].append(train(URL))
-  training.Logger.step = logged
+  metrics.Logger.step = logged
   found["stopped with"] = sorted(p.name for p in (stores.place(URL) / "checkpoints").iterdir())
   found["codes"].append(train(URL))
   for command in (["report", URL], ["ledger", URL], ["checkpoint", "verify", URL], ["eval", f"--workdir={URL}"]):
@@ -174,6 +174,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_a_run_in_a_store_that_broke_off_goes_on_and_leaves_what_one_in_a_folder_does(tmp_path):
   (tmp_path / "config.py").write_text(CONFIG)
   found = run(RUNS, tmp_path / "config.py", tmp_path / "here")
