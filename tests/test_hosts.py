@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -184,6 +185,45 @@ def test_sigterm_to_one_stops_all_at_one_step_and_another_number_of_processes_go
   a, b = rows(whole), rows(parts)
   assert [r["step"] for r in a] == [r["step"] for r in b]
   np.testing.assert_allclose([r.get("loss", 0) for r in a], [r.get("loss", 0) for r in b], rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_and_started_again_write_the_same_bits(config, tmp_path):
+  flags = ["--config.total_steps=300", "--config.checkpoint_every=300", "--config.evals.val.every=100"]
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  train_two = lambda workdir: Processes("train", f"--config={config}", f"--workdir={workdir}", *flags, count=2)
+  with train_two(whole) as run:
+    run.ended(0)
+  with train_two(parts) as run:
+    wait_for_rows(parts, 3, run)
+    run.started[0].send_signal(signal.SIGTERM)
+    run.ended(75)
+  assert 3 <= json.loads((parts / "run.json").read_text())["step"] < 300
+  with train_two(parts) as run:
+    run.ended(0)
+  assert (parts / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+  assert main.main(["checkpoint", "diff", str(whole), str(parts)]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True], ids=["stacked", "listed"])
+def test_two_processes_go_on_with_layers_in_another_form(tmp_path, scan):
+  vit = "name='vit', image_size=4, channels=1, num_classes=3, patch_size=2, width=16, depth=2, heads=2, mlp_dim=32"
+  mlp = "name='mlp', in_features=16, widths=(16,), num_outputs=3, dropout=0.2"
+  assert mlp.replace("'", '"') in CONFIG
+  config, workdir = tmp_path / "vit.py", tmp_path / "run"
+  config.write_text(CONFIG.replace(mlp.replace("'", '"'), f"{vit}, scan={scan}"))
+  assert train.train(resolved(str(config)), str(workdir)) == "finished"
+  before = rows(workdir)
+  shutil.rmtree(workdir / "checkpoints" / "00000008")  # As if it had been stopped at step 4.
+  flags = [f"--config.model.scan={not scan}", "--config.sharding=fsdp(data,8)"]
+  with Processes("train", f"--config={config}", f"--workdir={workdir}", *flags, count=2, devices=4) as run:
+    run.ended(0)
+  after = rows(workdir)
+  assert [r["step"] for r in after] == [r["step"] for r in before]
+  losses = [[r["loss"] for r in found if "loss" in r] for found in (before, after)]
+  assert losses[0] != losses[1]  # They were computed again.
+  np.testing.assert_allclose(*losses, rtol=2e-5)
 
 
 def test_who_does_not_come_is_named_to_all_who_did(config, tmp_path):
