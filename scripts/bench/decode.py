@@ -69,7 +69,8 @@ def transformers_generate(params, vocab, count):
   # Not ours to declare: whoever has them may compare.
   torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
 
-  config = transformers.GPT2Config(vocab, CONTEXT, WIDTH, DEPTH, HEADS, bos_token_id=None, eos_token_id=None)
+  sizes = dict(vocab_size=vocab, n_positions=CONTEXT, n_embd=WIDTH, n_layer=DEPTH, n_head=HEADS)
+  config = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
   model = transformers.GPT2LMHeadModel(config).eval()
   tensors = {"wte.weight": params["token_embed"]["embedding"], "wpe.weight": params["position_embed"]["embedding"]}
   both = lambda name, p: {f"{name}.weight": p.get("kernel", p.get("scale")), f"{name}.bias": p["bias"]}
