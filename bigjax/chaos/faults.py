@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import os
 import random
 from collections.abc import Sequence
 
 from bigjax.errors import UserError, suggest
 
-# Where in a run a fault strikes. "commit" is while files of a checkpoint are being written.
-MOMENTS = ("start", "compile", "restore", "input", "eval", "save", "commit", "end")
+# Where in a run a fault strikes: "input" is while a batch is made, "step" between two steps, "commit" while a
+# checkpoint that was written is completed, with an operation on the disk as the unit.
+MOMENTS = ("start", "compile", "restore", "input", "step", "eval", "save", "commit", "end")
 # What strikes a process where it is; and what happens to its files after a SIGKILL.
-LIVE = ("SIGTERM", "SIGINT", "SIGKILL", "NaN", "stall", "disk full")
-FILES = ("flip", "truncate", "delete", "torn line")
+SIGNALS = ("SIGTERM", "SIGINT", "SIGKILL")
+LIVE = (*SIGNALS, "freeze", "NaN", "slow input", "stalled input", "disk full", "disk full a while")
+FILES = ("flip", "truncate", "delete", "torn line", "torn record")
 KINDS = LIVE + FILES
+AT = {
+  "NaN": ("input",),
+  "slow input": ("input",),
+  "stalled input": ("input",),
+  "disk full": ("step", "eval", "save", "commit"),
+  "disk full a while": ("step", "eval", "save", "commit"),
+}  # Others strike anywhere, but for "input".
+OPERATIONS = 48  # A checkpoint of a small model is completed in about as many.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +36,12 @@ class Fault:
   moment: str
   count: int  # The how manieth time the moment comes in this start, from 1.
   delay: float  # Seconds after the moment.
-  process: int  # The one that is struck.
+  processes: tuple[int, ...]  # Those that are struck.
 
   def __str__(self) -> str:
-    return f"{self.kind} at {self.moment} {self.count}, process {self.process}"
+    several = "es" if len(self.processes) > 1 else ""
+    late = f" and {self.delay:.2f} s" if self.delay else ""
+    return f"{self.kind} at {self.moment} {self.count}{late}, process{several} {', '.join(map(str, self.processes))}"
 
 
 def draw(rng: random.Random, kinds: Sequence[str], processes: int, steps: int) -> Fault:
@@ -38,34 +51,33 @@ def draw(rng: random.Random, kinds: Sequence[str], processes: int, steps: int) -
     rng: Where chance comes from.
     kinds: Some of `KINDS`.
     processes: Of the run.
-    steps: That the next start may have before it.
+    steps: How many may be taken before it.
   """
   for kind in kinds:
     if kind not in KINDS:
-      raise UserError(f"--faults: {kind!r} is not known.{suggest(kind, KINDS)}")
+      raise UserError(f"--kinds: {kind!r} is not known.{suggest(kind, KINDS)}")
   kind = rng.choice(list(kinds))
-  moments = {"NaN": ("input",), "stall": ("input",), "disk full": ("input",)}.get(kind, MOMENTS)
-  moment = rng.choice(moments)
-  often = moment == "input"
-  count = rng.randint(1, max(1, steps)) if often else rng.randint(1, 2) if moment in ("eval", "save", "commit") else 1
-  delay = rng.choice((0.0, 0.0, rng.uniform(0, 0.05)))
-  return Fault(kind, moment, count, delay, rng.randrange(processes))
+  if kind == "freeze" and processes == 1:  # Nobody would be there to notice.
+    kind = "SIGKILL"
+  moment = rng.choice(AT.get(kind, tuple(m for m in MOMENTS if m != "input")))
+  counts = {"input": max(1, steps), "step": max(1, steps), "commit": OPERATIONS, "save": 2, "eval": 2}
+  count = rng.randint(1, counts.get(moment, 1))
+  # Imports and the like take seconds, and have no moments of their own.
+  delay = rng.uniform(0, {"start": 5.0, "compile": 0.5}.get(moment, 0.05)) if rng.random() < 0.5 else 0.0
+  one = (rng.randrange(processes),)
+  # Both at once is a machine, or a scheduler, that ends all. Only process 0 completes checkpoints.
+  struck = (0,) if moment == "commit" else tuple(range(processes)) if kind in SIGNALS and rng.random() < 0.3 else one
+  return Fault(kind, moment, count, delay, struck)
 
 
 def damage(kind: str, workdir: str, rng: random.Random) -> str | None:
   """Damages a file of a run that stands still; returns what it did, or None where there is nothing to damage.
 
   A checkpoint is damaged only where there is another to go back to: a run that has no intact one left says so and
-  stops.
+  stops. What is torn is what was being written when the process died, behind what was whole.
   """
-  if kind == "torn line":
-    file = os.path.join(workdir, "metrics.jsonl")
-    if not os.path.exists(file) or os.path.getsize(file) < 2:
-      return None
-    with open(file, "r+b") as f:
-      size = os.path.getsize(file) - rng.randint(1, min(40, os.path.getsize(file) - 1))
-      f.truncate(size)
-    return f"metrics.jsonl cut to {size} bytes"
+  if kind in ("torn line", "torn record"):
+    return _tear(kind, workdir, rng)
   steps = sorted(_steps(os.path.join(workdir, "checkpoints")))
   if len(steps) < 2:
     return None
@@ -88,6 +100,22 @@ def damage(kind: str, workdir: str, rng: random.Random) -> str | None:
       f.seek(place)
       f.write(bytes([byte ^ bit]))
   return f"{kind} {os.path.relpath(file, workdir)}"
+
+
+def _tear(kind, workdir, rng):
+  """Adds a part of a line, or of a record of 24 bytes, to the file that grew last."""
+  if kind == "torn line":
+    files = [f for f in (os.path.join(workdir, name) for name in ("metrics.jsonl", "metrics.csv")) if os.path.exists(f)]
+    more = rng.choice([b'{"step": 7, "lo', b"7,0.25,", b"\0" * 100, b'{"step"'])
+  else:
+    files = sorted(glob.glob(os.path.join(glob.escape(workdir), "ledger", "*.ledger")))[-1:]
+    more = bytes(rng.randrange(256) for _ in range(rng.randint(1, 23)))
+  if not files:
+    return None
+  file = rng.choice(files)
+  with open(file, "ab") as f:
+    f.write(more)
+  return f"{len(more)} bytes more in {os.path.relpath(file, workdir)}"
 
 
 def _steps(directory):

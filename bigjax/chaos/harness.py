@@ -1,7 +1,12 @@
-"""Runs a config undisturbed and disturbed, as real processes, and compares what is left in the end, to the bit."""
+"""Runs a config undisturbed and disturbed, as real processes, and compares what is left in the end, to the bit.
+
+Every start is a row of `faults.jsonl`, and so is every run that was compared; a harness that is cut off goes on after
+the last of these.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -12,37 +17,60 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from bigjax import metrics
+from bigjax import config as configs
+from bigjax import experiment, ledger, metrics
 from bigjax.chaos import faults
 from bigjax.chaos.faults import Fault
 from bigjax.checkpoint import Checkpoints
+from bigjax.commands import ledger as ledger_command
 from bigjax.commands import repro
 from bigjax.errors import LOST, STOPPED, UserError
 
-# How a process may leave: by itself as errors.py says, or by the signal that was sent.
-EXPECTED = {0, 1, STOPPED, LOST, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT}
+# What hangs is to be found in seconds here, not minutes.
+QUICK = ("--config.watchdog.at_least=10", "--config.watchdog.pause=60")
+GONE = {-signal.SIGKILL, 1, LOST}  # How a process may leave that lost a peer.
+ASKED = {0, STOPPED, 130, 143, -signal.SIGTERM, -signal.SIGINT}  # By a signal's own doing before anything listens.
+# How the processes that are struck may leave, and their peers.
+ENDINGS = {
+  "SIGTERM": (ASKED, ASKED | GONE),
+  "SIGINT": (ASKED, ASKED | GONE),
+  "NaN": ({1}, {1}),
+  "slow input": ({0}, {0}),
+  "stalled input": ({LOST}, {LOST}),
+  "disk full": ({0, 1}, {0, 1}),
+  "disk full a while": ({0}, {0}),
+}
+KILLED = ({-signal.SIGKILL}, GONE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
   """One start of a run, and what came of it."""
 
-  fault: str | None
+  fault: Fault | None
   processes: int
   devices: int  # Of each process.
   codes: tuple[int | None, ...]  # Exit codes; None for a process that had to be killed because it hung.
   seconds: float
-  started: int | None  # The step it went on from.
-  struck: int | None  # The step at which the fault struck, None where its moment did not come.
+  started: int | None  # The step it went on from; None where it did not get that far.
+  struck: bool  # Whether the fault's moment came.
+  at: int | None  # The last step that was taken before that.
   leaving: float | None  # Seconds from the strike to the end of the last process.
   damage: str | None = None  # What was done to the files afterwards.
   said: str = ""  # The last lines of the process that failed first.
+
+  @property
+  def kind(self) -> str:
+    """What the fault was in effect."""
+    bare = self.fault.kind in faults.FILES and self.damage is None  # There was nothing to damage yet.
+    return "SIGKILL" if bare else self.fault.kind
 
   @property
   def hung(self) -> bool:
@@ -51,13 +79,27 @@ class Start:
   @property
   def crashed(self) -> bool:
     """Whether a process left in a way that nothing accounts for."""
-    return any(c is not None and c not in EXPECTED for c in self.codes)
+    if not self.struck:
+      return any(self.codes)
+    mine, theirs = ENDINGS.get(self.fault.kind, KILLED)
+    allowed = [mine if i in self.fault.processes else theirs for i in range(self.processes)]
+    return any(code is not None and code not in each for code, each in zip(self.codes, allowed, strict=True))
+
+  def to_json(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def of(cls, row: dict[str, Any]) -> Start:
+    """Returns what `to_json` gave."""
+    fault = row["fault"] and Fault(**row["fault"] | {"processes": tuple(row["fault"]["processes"])})
+    return cls(**row | {"fault": fault, "codes": tuple(row["codes"])})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
   """A disturbed run, from its first start to its end."""
 
+  run: int
   starts: tuple[Start, ...]
   finished: bool
   differences: tuple[str, ...]
@@ -66,7 +108,11 @@ class Outcome:
   @property
   def faults(self) -> list[Start]:
     """The starts in which a fault struck."""
-    return [s for s in self.starts if s.struck is not None]
+    return [s for s in self.starts if s.struck]
+
+  @property
+  def fine(self) -> bool:
+    return self.finished and not self.differences and not any(s.crashed for s in self.starts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,14 +125,13 @@ class Harness:
   places: Sequence[tuple[int, int]]  # Processes and devices of each, taken in turn.
   limit: float  # Seconds after which a start counts as hung.
   peer_timeout: float = 20
-  tolerance: float = (
-    0.0  # Relative, of the states in the end: above 0 where places differ and the arithmetic with them.
-  )
+  tolerance: float = 0.0  # Relative, of the last states: above 0 where places differ and the arithmetic with them.
   say: Callable[[str], None] = print
 
   def undisturbed(self) -> str:
     """Returns the folder of a run that nothing happens to."""
     workdir = os.path.join(self.out, "undisturbed")
+    shutil.rmtree(workdir, ignore_errors=True)
     start = self._start(workdir, 0, None, self.places[0])
     if any(c != 0 for c in start.codes):
       raise UserError(
@@ -95,22 +140,23 @@ class Harness:
     return workdir
 
   def disturbed(self, number: int, rng: random.Random, kinds: Sequence[str], most: int, reference: str) -> Outcome:
-    """Returns what became of a run whose first `most` starts have a fault each."""
+    """Returns what became of a run that `most` faults strike, one a start, or fewer if it ends before."""
     workdir = os.path.join(self.out, f"run{number:03d}")
-    steps = max(r["step"] for r in metrics.read_rows(reference))
+    shutil.rmtree(workdir, ignore_errors=True)
+    steps = _last_step(reference)
     starts, at = [], 0
-    while len(starts) < most + 3:  # One to end in, and two that may go wrong through what came before.
-      fault = (
-        faults.draw(rng, kinds, self.places[len(starts) % len(self.places)][0], steps - at)
-        if len(starts) < most
-        else None
-      )
-      start = self._start(workdir, len(starts), fault, self.places[len(starts) % len(self.places)])
-      if fault and fault.kind in faults.FILES and start.struck is not None:
+    while len(starts) < 3 * most + 3:  # More than enough for faults whose moment does not come.
+      place = self.places[(number + len(starts)) % len(self.places)]
+      fault = None
+      if sum(s.struck for s in starts) < most:
+        # So far apart that the run lasts for all of them.
+        fault = faults.draw(rng, kinds, place[0], min(steps - at, 1 + 2 * steps // most))
+      start = self._start(workdir, len(starts), fault, place)
+      if fault and fault.kind in faults.FILES and start.struck:
         start = dataclasses.replace(start, damage=faults.damage(fault.kind, workdir, rng))
       starts.append(start)
       self.say(_line(number, start))
-      at = max([s.struck or 0 for s in starts])
+      at = max((s.at or 0) for s in starts)
       if start.hung or not any(start.codes):  # None is no exit code.
         break
     finished = not any(starts[-1].codes)
@@ -119,21 +165,24 @@ class Harness:
       self.say(f"    {line}")
     if finished and not differences:
       shutil.rmtree(workdir)
-    return Outcome(starts=tuple(starts), finished=finished, differences=tuple(differences), compared=compared)
+    return Outcome(
+      run=number, starts=tuple(starts), finished=finished, differences=tuple(differences), compared=compared
+    )
 
   def compare(self, reference: str, workdir: str) -> tuple[list[str], int]:
     """Returns (differences, numbers compared) of two ended runs: the last state, the metrics, the ledger."""
-    (old, loop), (new, other) = (_last(w) for w in (reference, workdir))
-    found = [f"{n}: only in one of them" for n in old.keys() ^ new.keys()]
+    (old, step, beside), (new, *other) = (_last(w) for w in (reference, workdir))
+    found = [f"{n}: only in one of them" for n in sorted(old.keys() ^ new.keys())]
     found += [n for n in old.keys() & new.keys() if not self._same(old[n], new[n])]
-    found += [f"loop: {loop} -> {other}"] if loop != other and not self.tolerance else []
+    found += [f"the last step: {step} -> {other[0]}"] if step != other[0] else []
     if self.tolerance:
       rows, count = _rows_close(reference, workdir, self.tolerance)
     else:
       rows, count = repro.compare(reference, workdir)
-    ledger = subprocess.run([sys.executable, "-m", "bigjax", "ledger", workdir], capture_output=True, text=True)
-    found += [f"ledger: {ledger.stdout[-300:]}{ledger.stderr[-300:]}"] if ledger.returncode else []
-    return found + rows, count + sum(x.size for x in old.values())
+      found += [f"beside the state: {beside} -> {other[1]}"] if beside != other[1] else []
+      found += [] if rows else _files_same(reference, workdir)
+    fed, records = _fed(reference, workdir)
+    return found + rows + fed, count + records + sum(x.size for x in old.values())
 
   def _same(self, a, b):
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -151,89 +200,181 @@ class Harness:
     name = lambda i, what: os.path.join(logs, f"{number:02d}.{i}.{what}")
     port, started, begun = _free_port(), [], time.time()
     for i in range(count):
-      here = dataclasses.asdict(fault) if fault is not None and fault.process == i else None
+      here = dataclasses.asdict(fault) if fault is not None and i in fault.processes else None
       with open(name(i, "json"), "w", encoding="utf-8") as f:
         json.dump({"fault": here, "log": name(i, "events")}, f)
       peers = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={i}"] if count > 1 else []
       peers += [f"--peer_timeout={self.peer_timeout:g}"] if count > 1 else []
       command = [sys.executable, "-m", "bigjax.chaos.worker", name(i, "json"), "train", f"--config={self.config}"]
+      with contextlib.suppress(FileNotFoundError):  # Of a harness that was cut off.
+        os.remove(name(i, "events"))
       with open(name(i, "out"), "wb") as out:
         process = subprocess.Popen(
-          [*command, f"--workdir={workdir}", *self.overrides, *peers],
+          [*command, f"--workdir={workdir}", *QUICK, *self.overrides, *peers],
           stdout=out,
           stderr=subprocess.STDOUT,
           env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"},
         )
       started.append(process)
-    codes = _wait(started, begun + self.limit)
+    frozen = fault.processes if fault is not None and fault.kind == "freeze" else ()
+    codes = _wait(started, begun + self.limit, frozen)
     ended = time.time()
-    events = [e for i in range(count) for e in _events(name(i, "events"))]
+    events = sorted((e for i in range(count) for e in _events(name(i, "events"))), key=lambda e: e["time"])
     struck = next((e for e in events if "struck" in e), None)
     failed = next((i for i, code in enumerate(codes) if code), 0)
     with open(name(failed, "out"), encoding="utf-8", errors="replace") as f:
-      said = f.read()[-2000:]
+      said = f.read()[-1000:]
     return Start(
-      fault=None if fault is None else str(fault),
+      fault=fault,
       processes=count,
       devices=devices,
       codes=tuple(codes),
-      seconds=ended - begun,
+      seconds=round(ended - begun, 3),
       started=next((e["start"] for e in events if "start" in e), None),
-      struck=None if struck is None else struck["step"] + (next((e["start"] for e in events if "start" in e), 0) or 0),
-      leaving=None if struck is None else ended - struck["time"],
+      struck=struck is not None,
+      at=None if struck is None else struck["step"],
+      leaving=None if struck is None else round(ended - struck["time"], 3),
       said=said,
     )
 
 
+class Book:
+  """The rows of `faults.jsonl`, by which a harness that was cut off goes on.
+
+  Args:
+    out: Its folder.
+    facts: What has to be the same for that.
+  """
+
+  def __init__(self, out: str, facts: dict[str, Any]):
+    self._file, self._lock, self.outcomes = os.path.join(out, "faults.jsonl"), threading.Lock(), []
+    rows, self._facts = _events(self._file), json.loads(json.dumps(facts))
+    if rows and rows[0] != self._facts:
+      raise UserError(f"--out={out} is of another command ({rows[0]}); name another.")
+    self.begun = bool(rows)
+    starts: dict[int, list[Start]] = {}
+    for row in rows[1:]:
+      number = row.pop("run")
+      if "start" in row:
+        starts.setdefault(number, []).append(Start.of(row["start"]))
+      else:
+        row["differences"] = tuple(row["differences"])
+        self.outcomes.append(Outcome(run=number, starts=tuple(starts[number]), **row))
+
+  def begin(self) -> None:
+    """Writes down what is known, once there is a run to compare with; not what was cut off."""
+    rows = [self._facts, *(row for outcome in self.outcomes for row in _rows(outcome))]
+    with open(f"{self._file}.tmp", "w", encoding="utf-8") as f:
+      f.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(f"{self._file}.tmp", self._file)
+
+  def add(self, outcome: Outcome) -> None:
+    """Writes down a run that is over."""
+    text = "".join(json.dumps(row) + "\n" for row in _rows(outcome))
+    with self._lock, open(self._file, "a", encoding="utf-8") as f:
+      self.outcomes.append(outcome)
+      f.write(text)
+
+
+def _rows(outcome):
+  """A row for each start, with its fault, and one for what came of all."""
+  for start in outcome.starts:
+    yield {"run": outcome.run, "start": start.to_json()}
+  said = {k: getattr(outcome, k) for k in ("finished", "differences", "compared")}
+  yield {"run": outcome.run, **said}
+
+
+def disturb(
+  harness: Harness, book: Book, reference: str, *, kinds: Sequence[str], count: int, each: int, seed: int, jobs: int
+) -> None:
+  """Disturbs runs, `jobs` at a time, until `count` faults have struck; each is a row of the book."""
+  numbers = iter(n for n in range(3 * count) if n not in {o.run for o in book.outcomes})
+  one = lambda n: book.add(harness.disturbed(n, random.Random(f"{seed}/{n}"), kinds, each, reference))
+  with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    running: set[concurrent.futures.Future] = set()
+    while (left := count - sum(len(o.faults) for o in book.outcomes)) > 0:
+      while len(running) < jobs and len(running) * each < left and (number := next(numbers, None)) is not None:
+        running.add(pool.submit(one, number))
+      if not running:
+        return
+      done, running = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
+      for future in done:
+        future.result()
+
+
 def summary(outcomes: Sequence[Outcome]) -> str:
   """Returns a table of what was done and what came of it, in Markdown."""
-  kinds: dict[str, list[Start]] = {}
+  found: dict[tuple[str, str], list[tuple[Outcome, Start]]] = {}
   for outcome in outcomes:
     for start in outcome.faults:
-      kinds.setdefault(start.fault.split(" at ")[0], []).append(start)
+      found.setdefault((start.kind, start.fault.moment), []).append((outcome, start))
   lines = [
-    "| fault | times | exit codes | longest to the end, s | steps done twice, most |",
-    "| --- | --- | --- | --- | --- |",
+    "| fault | at | times | recovered | differences | hangs | exit codes | to the end, s, most | steps lost, most |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
   ]
   again = {id(s): lost for o in outcomes for s, lost in _lost(o)}
-  for kind, starts in sorted(kinds.items()):
-    codes = sorted({c for s in starts for c in s.codes if c is not None})
-    leaving = max((s.leaving or 0.0) for s in starts)
-    most = max((again.get(id(s), 0) for s in starts), default=0)
-    lines.append(f"| {kind} | {len(starts)} | {', '.join(map(str, codes))} | {leaving:.1f} | {most} |")
-  struck = sum(len(o.faults) for o in outcomes)
-  recovered = sum(len(o.faults) for o in outcomes if o.finished and not o.differences)
-  hung, crashed = (sum(getattr(s, what) for o in outcomes for s in o.starts) for what in ("hung", "crashed"))
-  numbers = sum(o.compared for o in outcomes)
-  different = sum(len(o.differences) for o in outcomes if o.finished)
+  for kind in sorted({k for k, _ in found}, key=lambda k: faults.KINDS.index(k)):
+    moments = [m for m in faults.MOMENTS if (kind, m) in found]
+    both = [pair for m in moments for pair in found[kind, m]]
+    lines.append(_row(kind, ", ".join(f"{m} {len(found[kind, m])}" for m in moments), both, again))
+  struck = [(o, s) for o in outcomes for s in o.faults]
+  places = sorted({f"{s.processes} x {s.devices}" for o in outcomes for s in o.starts})
+  starts = [s for o in outcomes for s in o.starts]
   lines += [
     "",
-    f"{struck} faults in {len(outcomes)} runs of {sum(len(o.starts) for o in outcomes)} starts: {recovered} recovered, "
-    f"{different} differences in {numbers:,} numbers, {hung} hangs, {crashed} crashes",
+    f"{len(struck)} faults in {len(outcomes)} runs of {len(starts)} starts (processes x devices: {', '.join(places)}): "
+    f"{sum(o.fine for o, _ in struck)} recovered, {sum(len(o.differences) for o in outcomes if o.finished)} "
+    f"differences in {sum(o.compared for o in outcomes):,} numbers, {sum(s.hung for s in starts)} hangs, "
+    f"{sum(s.crashed for s in starts)} crashes",
   ]
   return "\n".join(lines)
 
 
-def _lost(outcome):
+def _row(kind, moments, both, again):
+  codes = sorted({c for _, s in both for c in s.codes if c is not None})
+  different = sum(len(o.differences) for o in {id(o): o for o, _ in both}.values() if o.finished)
+  cells = [
+    kind,
+    moments,
+    len(both),
+    sum(o.fine for o, _ in both),
+    different,
+    sum(s.hung for _, s in both),
+    ", ".join(map(str, codes)),
+    f"{max(s.leaving or 0.0 for _, s in both):.1f}",
+    max((again.get(id(s), 0) for _, s in both), default=0),
+  ]
+  return f"| {' | '.join(map(str, cells))} |"
+
+
+def _lost(outcome) -> Iterator[tuple[Start, int]]:
   """Yields (start, steps that the next start has to do again)."""
   for start, after in zip(outcome.starts, outcome.starts[1:]):
-    if start.struck is not None and after.started is not None:
-      yield start, max(0, start.struck - after.started)
+    if start.struck and start.at is not None and after.started is not None:
+      yield start, max(0, start.at - after.started)
 
 
 def _line(number, start):
   codes = ", ".join("hung" if c is None else str(c) for c in start.codes)
-  what = start.fault or "undisturbed"
-  what += "" if start.fault is None or start.struck is not None else " (did not come)"
+  what = str(start.fault or "undisturbed")
+  what += "" if start.fault is None or start.struck else " (did not come)"
   place = f"{start.processes} x {start.devices}"
-  origin = "-" if start.started is None else start.started
-  ended = f"exit {codes:<10} {start.seconds:5.1f} s  {start.damage or ''}"
-  return f"run {number:3d}  {place}  from {origin:>4}  {what:<44} {ended}"
+  origin, at = ("-" if x is None else x for x in (start.started, start.at))
+  ended = f"exit {codes:<10} {start.seconds:5.1f} s  {start.damage or ''}{'  CRASHED' if start.crashed else ''}"
+  return f"run {number:3d}  {place}  {origin:>4} to {at:>4}  {what:<58} {ended}"
 
 
-def _wait(processes, deadline) -> list[int | None]:
-  """Returns exit codes; kills what is still there at the deadline, which gives None."""
+def _wait(processes, deadline, frozen: Sequence[int]) -> list[int | None]:
+  """Returns exit codes; kills what is still there at the deadline, which gives None.
+
+  Those that are `frozen` are killed when the others have left.
+  """
+  others = [p for i, p in enumerate(processes) if i not in frozen]
   while any(p.poll() is None for p in processes) and time.time() < deadline:
+    if all(p.poll() is not None for p in others):
+      for i in frozen:
+        if _is_stopped(processes[i]):
+          processes[i].send_signal(signal.SIGKILL)
     time.sleep(0.02)
   codes = [p.poll() for p in processes]
   for process, code in zip(processes, codes, strict=True):
@@ -243,17 +384,50 @@ def _wait(processes, deadline) -> list[int | None]:
   return codes
 
 
+def _is_stopped(process):
+  with contextlib.suppress(OSError), open(f"/proc/{process.pid}/stat", encoding="utf-8") as f:
+    return f.read().rpartition(")")[2].split()[0] == "T"
+  return process.poll() is None
+
+
 def _events(file):
   with contextlib.suppress(FileNotFoundError), open(file, encoding="utf-8") as f:
     return [json.loads(line) for line in f if line.endswith("\n")]
   return []
 
 
-def _last(workdir) -> tuple[dict[str, np.ndarray], Any]:
+def _last(workdir) -> tuple[dict[str, np.ndarray], int, dict[str, Any]]:
+  """The last state, its step, and what was remembered beside it."""
   with Checkpoints(workdir, read_only=True) as checkpoints:
     step = max(checkpoints.steps())
-    leaves = checkpoints.read(step)
-  return {n: np.asarray(x) for n, x in leaves.items()}, step
+    return checkpoints.read(step), step, checkpoints.loop(step)
+
+
+def _last_step(workdir):
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    return max(checkpoints.steps())
+
+
+def _files_same(a, b):
+  """Whether the metrics are the same byte by byte."""
+  names = ("metrics.jsonl", "metrics.csv")
+  read = lambda w, name: open(os.path.join(w, name), "rb").read() if os.path.exists(os.path.join(w, name)) else None
+  return [f"{name}: not the same bytes" for name in names if read(a, name) != read(b, name)]
+
+
+def _fed(a, b) -> tuple[list[str], int]:
+  """What differs in what the steps were fed, and how many records were compared and held against the config's order."""
+  config = configs.resolve(configs.read(os.path.join(b, "config.json")), experiment.TrainConfig)
+  history = ledger.History.of(b)
+  lines, wrong = ledger_command.verified(experiment.order(config), history)
+  old, new = ({s: _sums(h, s) for s in h.steps} for h in (ledger.History.of(a), history))
+  found = [f"ledger, step {s}" for s in sorted(old.keys() | new.keys()) if old.get(s) != new.get(s)]
+  return found + ([f"ledger: {lines}"] if wrong else []), len(old)
+
+
+def _sums(history, step):
+  attempt = history.steps[step]
+  return attempt.sums[np.searchsorted(attempt.steps, step)].tolist()
 
 
 def _rows_close(a, b, tolerance):

@@ -1,6 +1,6 @@
 """A process of a run with one fault in it: `python -m bigjax.chaos.worker FAULT.json train ...`.
 
-The fault is put around functions of the package by name, from outside: nothing in the package knows of it. What it did
+The fault is put around methods of the package by name, from outside: nothing in the package knows of it. What it did
 and when is written to the file that the fault's description names, one JSON a line.
 """
 
@@ -16,16 +16,17 @@ import threading
 import time
 
 FULL = 4096  # Bytes that a file may still have once the disk is "full".
+A_WHILE = 2.0  # Seconds for which it is, or the input is slow.
 
 
 def main(argv: list[str]) -> int:
   """Runs a command of bigjax with a fault in it; returns its exit code."""
   with open(argv[0], encoding="utf-8") as f:
     described = json.load(f)
-  from bigjax import main as entrypoint
-
   strike = _Strike(described)
   strike.at("start")
+  from bigjax import main as entrypoint
+
   if argv[1] == "train":
     install(strike)
   code = entrypoint.main(argv[1:])
@@ -39,120 +40,105 @@ class _Strike:
   def __init__(self, described):
     self._fault, self._log = described.get("fault"), described["log"]
     self._seen: dict[str, int] = {}
-    self.poison = False  # The next batch is to be broken.
+    self._lock = threading.Lock()
+    self.step: int | None = None  # The last one that was taken.
+    self.poison = False  # The batch that is being made is to be broken.
 
   def note(self, **said) -> None:
-    with open(self._log, "a", encoding="utf-8") as f:
-      f.write(json.dumps({"time": time.time(), **said}) + "\n")
+    """Writes a line of the log."""
+    line = json.dumps({"time": time.time(), **said}) + "\n"
+    descriptor = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, line.encode())
+    os.close(descriptor)
 
   def at(self, moment: str) -> None:
     """A moment has come."""
-    fault = self._fault
-    self._seen[moment] = self._seen.get(moment, 0) + 1
-    if fault is None or fault["moment"] != moment or fault["count"] != self._seen[moment]:
-      return
-    self._fault = None
-    if fault["delay"]:
-      threading.Timer(fault["delay"], self._do, [fault]).start()
+    with self._lock:
+      fault = self._fault
+      self._seen[moment] = self._seen.get(moment, 0) + 1
+      if fault is None or fault["moment"] != moment or fault["count"] != self._seen[moment]:
+        return
+      self._fault = None
+    if fault["delay"] and moment != "input":
+      timer = threading.Timer(fault["delay"], self._do, [fault])
+      timer.daemon = True  # A process that is done before has no fault.
+      timer.start()
     else:
       self._do(fault)
 
-  def waits_for(self, moment: str) -> bool:
-    return self._fault is not None and self._fault["moment"] == moment
-
   def _do(self, fault):
-    self.note(struck=fault["kind"], step=self._seen.get("input", 0))
     kind = fault["kind"]
+    self.note(struck=kind, step=self.step)
     if kind in ("SIGTERM", "SIGINT", "SIGKILL"):
       os.kill(os.getpid(), getattr(signal, kind))
+    elif kind == "freeze":
+      os.kill(os.getpid(), signal.SIGSTOP)
     elif kind == "NaN":
       self.poison = True
-    elif kind == "stall":
+    elif kind == "slow input":
+      time.sleep(A_WHILE)
+    elif kind == "stalled input":
       time.sleep(3600)
-    elif kind == "disk full":
-      resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    elif kind.startswith("disk full"):
+      before = resource.getrlimit(resource.RLIMIT_FSIZE)
+      resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, before[1]))
+      if kind == "disk full a while":
+        timer = threading.Timer(A_WHILE, resource.setrlimit, [resource.RLIMIT_FSIZE, before])
+        timer.daemon = True
+        timer.start()
     else:  # Files are damaged once the process is gone.
       os.kill(os.getpid(), signal.SIGKILL)
 
 
 def install(strike: _Strike) -> None:
-  """Puts the moments into the training loop's parts."""
-  from bigjax import checkpoint, evaluation, train
+  """Puts the moments around what the loop calls."""
+  import jax
 
-  def before(owner, name, moment):
+  from bigjax import checkpoint, commits, evaluation, experiment, ledger
+
+  def around(owner, name, moment, then=None):
     wrapped = getattr(owner, name)
 
     @functools.wraps(wrapped)
     def call(*args, **kwargs):
-      strike.at(moment)
-      return wrapped(*args, **kwargs)
+      if then is None:
+        strike.at(moment)
+      result = wrapped(*args, **kwargs)
+      if then is not None:
+        then(*args)
+        strike.at(moment)
+      return result
 
     setattr(owner, name, call)
 
-  before(train, "compile_step", "compile")
-  before(checkpoint.Checkpoints, "restore", "restore")
-  before(checkpoint.Checkpoints, "save", "save")
-  before(evaluation.Evaluation, "run", "eval")
+  def begun(book, workdir, plan, first, *_):
+    strike.step = first
+    strike.note(start=first)
 
-  started, batches = train.start, train.train_batches
+  def taken(book, step):
+    strike.step = step
 
-  @functools.wraps(started)
-  def start(*args, **kwargs):
-    state, loop = started(*args, **kwargs)
-    strike.note(start=int(state.step))
-    return state, loop
+  around(jax.stages.Lowered, "compile", "compile")
+  around(checkpoint.Checkpoints, "restore", "restore")
+  around(checkpoint.Checkpoints, "save", "save")
+  around(evaluation.Evaluation, "run", "eval")
+  for name in ("_sync", "_write", "remove"):
+    around(commits, name, "commit")
+  around(ledger.Ledger, "__init__", "begin", begun)
+  around(ledger.Ledger, "note", "step", taken)
 
-  @functools.wraps(batches)
-  def train_batches(*args, **kwargs):
-    return _Batches(batches(*args, **kwargs), strike)
+  checked = experiment.Experiment.checked
 
-  train.start, train.train_batches = start, train_batches
-  if strike.waits_for("commit"):
-    threading.Thread(target=_watch_commits, args=(strike,), daemon=True).start()
+  @functools.wraps(checked)
+  def made(run, batches):
+    for batch in checked(run, batches):
+      strike.at("input")
+      if strike.poison:
+        strike.poison = False
+        batch = batch | {"mask": batch["mask"] * float("nan")}
+      yield batch
 
-
-class _Batches:
-  """Batches as they are, but for the broken one."""
-
-  def __init__(self, batches, strike):
-    self._batches, self._strike = batches, strike
-
-  def __enter__(self):
-    self._batches.__enter__()
-    return self
-
-  def __exit__(self, *args):
-    return self._batches.__exit__(*args)
-
-  def __getattr__(self, name):
-    return getattr(self._batches, name)
-
-  def __iter__(self):
-    return self
-
-  def __next__(self):
-    self._strike.at("input")
-    batch = next(self._batches)
-    if self._strike.poison:
-      self._strike.poison = False
-      import jax
-
-      with jax.transfer_guard("allow"):
-        batch = dict(batch) | {"mask": batch["mask"] * float("nan")}
-    return batch
-
-
-def _watch_commits(strike):
-  """Notices files of a checkpoint that is not complete."""
-  workdir = next(a.partition("=")[2] for a in sys.argv if a.startswith("--workdir="))
-  directory, known = os.path.join(workdir, "checkpoints"), set()
-  while strike.waits_for("commit"):
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    for name in names:
-      if not name.isdigit() and name not in known:
-        known.add(name)
-        strike.at("commit")
-    time.sleep(0.0005)
+  experiment.Experiment.checked = made
 
 
 if __name__ == "__main__":

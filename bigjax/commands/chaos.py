@@ -3,6 +3,9 @@
 Real processes are killed, their disk is filled, their files are damaged, their input stalls or turns to NaN. Each run
 goes on from what it left, until it ends; then its last state, its metrics and its ledger are compared with those of a
 run that nothing happened to: to the bit, unless places with different arithmetic were asked for.
+
+Time-outs are lowered (config.watchdog, --peer_timeout). Of a run's checkpoints never all are damaged: without an intact
+one a run says so and ends with an error.
 """
 
 from __future__ import annotations
@@ -38,30 +41,45 @@ def main(argv: list[str]) -> int:
   )
   parser.add_argument("--tolerance", type=float, default=0.0, help="relative, of states in the end")
   parser.add_argument("--limit", type=float, default=180, metavar="SECONDS", help="that a start may take")
-  parser.add_argument("--out", metavar="DIR", help="for runs that differ, and logs; a new folder otherwise")
+  parser.add_argument(
+    "--peer_timeout", type=float, default=20, metavar="SECONDS", help="after which a silent process counts as lost"
+  )
+  parser.add_argument("--jobs", type=int, default=1, help="runs that are disturbed at a time")
+  parser.add_argument(
+    "--out", metavar="DIR", help="for runs that differ, logs and faults.jsonl, from which the same command goes on"
+  )
   args, overrides = parser.parse_known_args(argv)
-  if args.faults < 1 or args.each < 1 or args.processes < 1 or args.devices < 1:
-    raise UserError("--faults, --each, --processes and --devices must be positive.")
+  if min(args.faults, args.each, args.processes, args.devices, args.jobs) < 1:
+    raise UserError("--faults, --each, --processes, --devices and --jobs must be positive.")
 
+  os.environ["JAX_PLATFORMS"] = "cpu"
   from bigjax.chaos import faults, harness
 
   kinds = args.kinds.split(",") if args.kinds else list(faults.KINDS)
   faults.draw(random.Random(0), kinds, args.processes, 1)
   out = args.out or tempfile.mkdtemp(prefix="bigjax-chaos-")
-  if os.path.isdir(os.path.join(out, "undisturbed")):
-    raise UserError(f"--out={out} has runs already; name another.")
   places = [(args.processes, args.devices), *map(_place, args.also)]
   run = harness.Harness(
-    config=args.config, overrides=overrides, out=out, places=places, limit=args.limit, tolerance=args.tolerance
+    config=args.config,
+    overrides=overrides,
+    out=out,
+    places=places,
+    limit=args.limit,
+    peer_timeout=args.peer_timeout,
+    tolerance=args.tolerance,
+    say=lambda line: print(line, flush=True),
   )
-  begun = time.monotonic()
-  reference = run.undisturbed()
-  print(f"undisturbed: {time.monotonic() - begun:.1f} s; logs are in {out}", flush=True)
-  outcomes, rng = [], random.Random(args.seed)
-  while (left := args.faults - sum(len(o.faults) for o in outcomes)) > 0 and len(outcomes) < 3 * args.faults:
-    outcomes.append(run.disturbed(len(outcomes), rng, kinds, min(args.each, left), reference))
-  print(harness.summary(outcomes))
-  return int(any(not o.finished or o.differences or any(s.crashed for s in o.starts) for o in outcomes))
+  same = ("config", "each", "kinds", "seed", "processes", "devices", "also", "tolerance")
+  facts = {k: getattr(args, k) for k in same} | {"overrides": overrides}
+  book, reference = harness.Book(out, facts), os.path.join(out, "undisturbed")
+  if not book.begun:
+    begun = time.monotonic()
+    run.undisturbed()
+    print(f"undisturbed: {time.monotonic() - begun:.1f} s; logs are in {out}", flush=True)
+  book.begin()
+  harness.disturb(run, book, reference, kinds=kinds, count=args.faults, each=args.each, seed=args.seed, jobs=args.jobs)
+  print(harness.summary(book.outcomes))
+  return int(not all(o.fine for o in book.outcomes))
 
 
 def _place(text):

@@ -45,11 +45,16 @@ def test_the_same_seed_draws_the_same_faults():
 
 
 def test_every_kind_and_moment_and_process_comes():
-  found = drawn(0, 400)
+  found = drawn(0, 600)
   assert {f.kind for f in found} == set(faults.KINDS)
   assert {f.moment for f in found} == set(faults.MOMENTS)
-  assert {f.process for f in found} == {0, 1}
-  assert all(1 <= f.count <= 9 for f in found)
+  assert {f.processes for f in found} == {(0,), (1,), (0, 1)}
+  assert all(1 <= f.count <= 9 for f in found if f.moment in ("input", "step"))
+  assert all(f.processes == (0,) for f in found if f.moment == "commit")
+
+
+def test_alone_nothing_freezes_as_nobody_would_notice():
+  assert {f.kind for f in drawn(0, 100, processes=1)} == set(faults.KINDS) - {"freeze"}
 
 
 def test_an_unknown_kind_is_refused():
@@ -57,26 +62,37 @@ def test_an_unknown_kind_is_refused():
     faults.draw(random.Random(0), ["SIGTREM"], 1, 1)
 
 
-@pytest.mark.parametrize("kind", faults.FILES)
-def test_damage_changes_one_file(tmp_path, kind):
-  step = tmp_path / "checkpoints" / "00000004"
-  step.mkdir(parents=True)
-  (tmp_path / "checkpoints" / "00000002").mkdir()
-  files = [step / "a", step / "b", tmp_path / "metrics.jsonl"]
+@pytest.mark.parametrize("kind", ["flip", "truncate", "delete"])
+def test_damage_changes_one_file_of_the_newest_checkpoint(tmp_path, kind):
+  steps = [tmp_path / "checkpoints" / name for name in ("00000002", "00000004")]
+  files = [step / name for step in steps for name in "ab"]
   for file in files:
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(bytes(range(100)))
   assert faults.damage(kind, str(tmp_path), random.Random(0))
-  whole = [f for f in files if f.exists() and f.read_bytes() == bytes(range(100))]
-  assert len(whole) == 2
-  assert (files[2] in whole) == (kind != "torn line")
+  whole = [f.exists() and f.read_bytes() == bytes(range(100)) for f in files]
+  assert whole[:2] == [True, True] and sorted(whole[2:]) == [False, True]
 
 
-def test_there_may_be_nothing_to_damage(tmp_path):
+@pytest.mark.parametrize(
+  ("kind", "name"), [("torn line", "metrics.jsonl"), ("torn record", "ledger/00001-00000.ledger")]
+)
+def test_what_is_torn_comes_behind_what_is_whole(tmp_path, kind, name):
+  (tmp_path / "ledger").mkdir()
+  (tmp_path / name).write_bytes(bytes(range(100)))
+  assert faults.damage(kind, str(tmp_path), random.Random(0))
+  found = (tmp_path / name).read_bytes()
+  assert found.startswith(bytes(range(100))) and len(found) > 100
+
+
+def test_the_only_checkpoint_is_not_damaged(tmp_path):
+  (tmp_path / "checkpoints" / "00000002").mkdir(parents=True)
+  (tmp_path / "checkpoints" / "00000002" / "a").write_text("a")
   assert [faults.damage(kind, str(tmp_path), random.Random(0)) for kind in faults.FILES] == [None] * len(faults.FILES)
 
 
 def test_a_fault_strikes_at_its_moment(config, tmp_path):
-  described = dict(fault=dict(kind="SIGKILL", moment="input", count=3, delay=0.0, process=0), log=str(tmp_path / "log"))
+  described = dict(fault=dict(kind="SIGKILL", moment="step", count=3, delay=0.0), log=str(tmp_path / "log"))
   (tmp_path / "fault.json").write_text(json.dumps(described))
   command = [sys.executable, "-m", "bigjax.chaos.worker", str(tmp_path / "fault.json"), "train", f"--config={config}"]
   done = subprocess.run([*command, f"--workdir={tmp_path / 'run'}"], capture_output=True, text=True)
@@ -85,14 +101,61 @@ def test_a_fault_strikes_at_its_moment(config, tmp_path):
   assert start["start"] == 0 and (struck["struck"], struck["step"]) == ("SIGKILL", 3)
 
 
+def start(fault=None, codes=(0,), **said):
+  rest = dict(processes=len(codes), devices=1, seconds=1.0, started=0, struck=fault is not None, at=4, leaving=0.5)
+  fault = fault and faults.Fault(fault, "step", 4, 0.0, (0,))
+  return harness.Start(fault=fault, codes=codes, **rest | said)
+
+
+def test_how_a_process_left_is_accounted_for_or_a_crash():
+  assert not start("SIGTERM", (75, 75)).crashed and start("SIGTERM", (1, 75)).crashed
+  assert not start("SIGKILL", (-9, 76)).crashed and start("SIGKILL", (-9, 0)).crashed
+  assert not start("stalled input", (76, 76)).crashed and start("stalled input", (0, 0)).crashed
+  assert not start().crashed and start(codes=(1,)).crashed
+  assert start(codes=(None,)).hung
+
+
+def test_the_table_counts_what_was_recovered_and_what_was_lost():
+  whole = (start("SIGKILL", (-9,)), start("flip", (-9,), started=3, damage="flip a"), start(started=0))
+  bare = (start("flip", (-9,)), start())  # There was nothing to damage yet.
+  outcome = lambda run, starts, *differences: harness.Outcome(
+    run=run, starts=starts, finished=True, differences=differences, compared=10
+  )
+  found = harness.summary([outcome(0, whole), outcome(1, bare, "params/a")]).splitlines()
+  assert found[2] == "| SIGKILL | step 2 | 2 | 1 | 1 | 0 | -9 | 0.5 | 4 |"
+  assert found[3] == "| flip | step 1 | 1 | 1 | 0 | 0 | -9 | 0.5 | 4 |"
+  assert found[-1] == (
+    "3 faults in 2 runs of 5 starts (processes x devices: 1 x 1): 2 recovered, 1 differences in 20 numbers, 0 hangs, "
+    "0 crashes"
+  )
+
+
+def test_a_harness_that_was_cut_off_goes_on_after_the_last_run_that_was_compared(tmp_path):
+  book = harness.Book(str(tmp_path), {"seed": 0})
+  assert not book.begun
+  book.begin()
+  book.add(harness.Outcome(run=3, starts=(start("SIGKILL", (-9,)), start()), finished=True, differences=(), compared=7))
+  with open(tmp_path / "faults.jsonl", "a") as f:
+    f.write('{"run": 4, "sta')
+  for _ in range(2):
+    again = harness.Book(str(tmp_path), {"seed": 0})
+    assert again.begun and again.outcomes == book.outcomes
+    again.begin()
+  with pytest.raises(UserError, match="of another command"):
+    harness.Book(str(tmp_path), {"seed": 1})
+
+
 @pytest.mark.slow
-def test_a_run_recovers_from_every_kind_of_fault(config, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_recovers_from_every_kind_of_fault(config, tmp_path, processes):
   out = tmp_path / "out"
-  command = [sys.executable, "-m", "bigjax", "chaos", f"--config={config}", "--faults=10", "--each=5", f"--out={out}"]
-  done = subprocess.run(command, capture_output=True, text=True)
+  command = [sys.executable, "-m", "bigjax", "chaos", f"--config={config}", "--faults=8", "--each=4", f"--out={out}"]
+  done = subprocess.run([*command, f"--processes={processes}"], capture_output=True, text=True)
   assert done.returncode == 0, done.stdout + done.stderr
-  assert ": 10 recovered, 0 differences in" in done.stdout and ", 0 hangs, 0 crashes" in done.stdout
+  assert " 0 differences in" in done.stdout and ", 0 hangs, 0 crashes" in done.stdout
   assert os.listdir(out / "logs")
+  again = subprocess.run([*command, f"--processes={processes}"], capture_output=True, text=True)
+  assert again.returncode == 0 and again.stdout == done.stdout[done.stdout.index("| fault") :]
 
 
 @pytest.mark.slow
