@@ -13,6 +13,7 @@ import pytest
 import bigjax
 from bigjax import config as configs
 from bigjax import experiment, metrics, train
+from bigjax.plan import prepare
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -78,7 +79,8 @@ def resolve(file, variant, data):
   spec = f"{file}:{','.join(arguments)}" if arguments else str(file)
   # What is too large for one device says itself how it's spread.
   overrides = OVERRIDES[:1] if "tokens=" in source else OVERRIDES
-  return configs.resolve(configs.read(spec, overrides), experiment.TrainConfig)
+  config = configs.resolve(configs.read(spec, overrides), experiment.TrainConfig)
+  return prepare.with_stand_in(config) if "images=" in source else config
 
 
 @pytest.mark.parametrize(("file", "variant"), CASES, ids=lambda x: x.stem if isinstance(x, pathlib.Path) else x)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int64
 
-from bigjax.data import tfrecord
+from bigjax.data import absent, tfrecord
 from bigjax.data.tfrecord import OPEN_FILES, damaged
 from bigjax.errors import UserError, suggest
 
@@ -41,6 +41,22 @@ def make(
     UserError: There is no such dataset, split, feature or file, or a file is damaged.
   """
   return TFDS(_builder(dataset, data_dir, file_format), split, features)
+
+
+def stand_in(
+  dataset: str, *, data_dir: str | None = None, features: tuple[str, ...] | None = None, **_
+) -> absent.Absent | None:
+  """Returns images and labels of a dataset that isn't here, for a plan; None where it is, or has other features."""
+  if features is None or not set(features) <= {"image", "label"} or _is_here(dataset, data_dir):
+    return None
+  kinds = {"image": ((256, 256), "png"), "label": ((), "int64")}
+  return absent.Absent({name: kinds[name] for name in features})
+
+
+def _is_here(dataset, data_dir):
+  inside = folder(data_dir) / dataset.partition(":")[0]
+  places = (pathlib.Path(dataset).expanduser(), *inside.glob("*"))
+  return any((place / "dataset_info.json").exists() for place in places)
 
 
 class TFDS:

@@ -52,11 +52,17 @@ def prepare(config: experiment.TrainConfig, topology: str, num_slices: int = 1) 
   """
   devices = slices.devices(topology, num_slices)
   _check_mesh(config.mesh, len(devices), topology, num_slices)
-  stand_in = absent(config)
-  source = config.data.source if stand_in is None else stand_in
-  shaped = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
+  shaped = with_stand_in(config)
   run = experiment.build(shaped, devices)
-  return Prepared(run, config, topology, num_slices, slices.profile(topology), stand_in is not None)
+  return Prepared(run, config, topology, num_slices, slices.profile(topology), shaped is not config)
+
+
+def with_stand_in(config: experiment.TrainConfig) -> experiment.TrainConfig:
+  """Returns the config with what stands in for missing data; the config itself if its data are here."""
+  stand_in = absent(config)
+  if stand_in is None:
+    return config
+  return dataclasses.replace(config, data=dataclasses.replace(config.data, source=stand_in))
 
 
 def _check_mesh(mesh, count, topology, num_slices):

@@ -19,6 +19,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 FEW = {"shakespeare_char": 4, "mnist1d": 4, "mnist_cnn": 4, "fashion_resnet": 4}
 TABLES = ("housing_mlp",)
 CHIPS = {"llama31_8b": "v5p:2x4x4", "llama31_70b": "v5p:4x4x8", "mixtral_8x7b": "v5p:4x4x8", "gpt2_124m": "v5e:4x4"}
+CHIPS |= {"imagenet_resnet50": "v5e:8x8", "imagenet21k_vit_g14": "v5e:16x16"}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
@@ -38,7 +39,7 @@ def test_a_config_is_estimated_wherever_its_data_are(file, monkeypatch, tmp_path
   assert flops.total > 0
   assert found["memory"]["total"] > found["memory"]["params"] + found["memory"]["optimizer"]
   assert found["seconds"] >= found["bounds"]["compute"] > 0
-  assert (config.data.source.name in ("tokens", "text")) <= prepared.stands_in
+  assert (config.data.source.name in ("tokens", "text", "tfds")) <= prepared.stands_in
   assert (prepared.steps is None) == (prepared.stands_in and "epoch" in str(config.total_steps))
 
 
