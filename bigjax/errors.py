@@ -8,8 +8,11 @@
 130, 143 left at once, at a second Ctrl-C or SIGTERM
 """
 
+import contextlib
 import difflib
+import sys
 from collections.abc import Iterable
+from typing import Any
 
 STOPPED = 75  # "Try again later", as sysexits.h has it.
 LOST = 76
@@ -19,8 +22,20 @@ class UserError(ValueError):
   """What is wrong, where (the config path and the value), and what to do about it."""
 
 
+def say(text: str) -> None:
+  """Prints what a person should know; a log that can't be written, as on a disk that is full, ends nothing."""
+  with contextlib.suppress(OSError, ValueError):
+    print(text, file=sys.stderr, flush=True)
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
   """Returns ` Did you mean 'depth'?`, or the names there are when none is close."""
   known = sorted(map(str, known))
   close = difflib.get_close_matches(str(name), known, n=1)
   return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known) or 'none'}."
+
+
+def shown(value: Any, most: int = 80) -> str:
+  """Returns how a value is written, as far as that fits a line: what a file says may be of any length."""
+  text = repr(value)
+  return text if len(text) <= most else f"{text[:most]}..."

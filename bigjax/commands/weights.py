@@ -1,4 +1,4 @@
-"""Show published weights as the model of a config; write those of a run, or of a GGUF file, for `transformers`."""
+"""Show or verify published weights; write those of a run, or of a GGUF file, for `transformers`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ def main(argv: list[str]) -> int:
   one = commands.add_parser("show", help="what is in a directory of transformers or a GGUF file", allow_abbrev=False)
   one.add_argument("source", help="a directory with config.json and safetensors, or a GGUF file")
   one.add_argument("--tensors", action="store_true", help="list each")
+  one = commands.add_parser("verify", help="hold files against the digests beside them", allow_abbrev=False)
+  one.add_argument("source", help="a directory with config.json and safetensors, or a GGUF file")
   one = commands.add_parser("export", help="write config.json and safetensors", allow_abbrev=False)
   one.add_argument("source", help="a run's workdir, a GGUF file, or a directory of transformers")
   one.add_argument("directory", help="to write; not there yet, or empty")
@@ -29,7 +31,7 @@ def main(argv: list[str]) -> int:
   one.add_argument("--like", metavar="DIR", help="directory to take the tokenizer and what else config.json says from")
   one.add_argument("--shard_size", type=float, default=5e9, metavar="BYTES", help="of a file")
   args = parser.parse_args(argv)
-  return {"show": _show, "export": _export}[args.command](args)
+  return {"show": _show, "verify": _verify, "export": _export}[args.command](args)
 
 
 def _show(args) -> int:
@@ -50,6 +52,18 @@ def _show(args) -> int:
     for name, tensor in found.tensors.items():
       print(f"  {name:<{width}}  {tensor.stored} {list(tensor.shape)}")
   return 0
+
+
+def _verify(args) -> int:
+  from bigjax import weights
+  from bigjax.weights import checksums
+
+  files = [file.path for file in weights.open_weights(args.source).files]
+  held = checksums.verify(files)
+  without = [os.path.basename(f) for f in files if checksums.known(f) is None]
+  print(f"{args.source}: {held} of {len(files)} files of weights are as by their digests", end="")
+  print(f"; there is none of {', '.join(without[:5])}." if without else ".")
+  return 1 if without else 0
 
 
 def _export(args) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bigjax.errors import UserError, suggest
+from bigjax.errors import UserError, shown, suggest
 
 # How text is cut into words before pairs are merged, and control tokens, of vocabularies whose files don't tell.
 # https://github.com/openai/tiktoken/blob/main/tiktoken_ext/openai_public.py, and Llama 3's tokenizer.py.
@@ -142,8 +142,10 @@ def load(path: str, pattern: str | None = None) -> Tokenizer:
     place = _in_folder(place)
   if not place.is_file():
     raise UserError(f"tokenizer: there is no file {str(place)!r}; it is 'byte', or a file or folder.")
-  content = place.read_bytes()
   try:
+    content = place.read_bytes()
+    if not content:
+      raise UserError(f"tokenizer: {str(place)!r} is empty. Fetch it again.")
     if place.suffix == ".json":
       return _json(place, content)
     if place.suffix in (".bpe", ".txt"):
@@ -152,10 +154,10 @@ def load(path: str, pattern: str | None = None) -> Tokenizer:
     if len(first) == 2 and first[1].isdigit():
       return _tiktoken(content, pattern)
     return _sentencepiece(content)
-  except UserError:
+  except (UserError, KeyboardInterrupt, SystemExit):
     raise
-  except Exception as e:  # The libraries raise bare exceptions, for damage too.
-    raise UserError(f"tokenizer: {str(place)!r} can't be read, it may be cut short: {e}") from e
+  except BaseException as e:  # The libraries raise bare exceptions, for damage too; a panic of Rust is no Exception.
+    raise UserError(f"tokenizer: {str(place)!r} can't be read, it may be cut short: {str(e)[:300]}") from e
 
 
 def hugging_face(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> Tokenizer:
@@ -379,7 +381,9 @@ def _gpt2(vocab_file, merges_file) -> Tokenizer:
   merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
   missing = next(("".join(pair) for pair in merges if "".join(pair) not in vocab), None)
   if missing is not None or not all(len(pair) == 2 for pair in merges):
-    raise UserError(f"tokenizer: {merges_file.name!r} does not belong to {vocab_file.name!r}: {missing!r} is no token.")
+    raise UserError(
+      f"tokenizer: {merges_file.name!r} does not belong to {vocab_file.name!r}: {shown(missing)} is no token."
+    )
   special = {name: number for name, number in vocab.items() if name.startswith("<|") and name.endswith("|>")}
   return bpe(vocab, merges, special=special)
 
@@ -421,6 +425,8 @@ def _spelling() -> Callable[[bytes], str]:
 def _sentencepiece(content: bytes) -> Tokenizer:
   model = _library("sentencepiece").SentencePieceProcessor(model_proto=content)
   size = model.get_piece_size()
+  if not size:
+    raise UserError("tokenizer: the SentencePiece model holds no pieces, it may be cut short.")
   names = [model.id_to_piece(i) for i in range(size)]
   roles = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id(), "unk": model.unk_id()}
   roles = {role: number for role, number in roles.items() if number >= 0}

@@ -7,9 +7,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from bigjax.errors import UserError
+from bigjax.errors import UserError, shown
 from bigjax.models import bert, decoder, decoder_block
 from bigjax.weights.families import ALIASES, DEEPSEEK_V3, FAMILIES, GEMMA3, Family
+from bigjax.weights.said import typed, understood
 
 ACTIVATIONS = {  # Theirs: ours; the first of two names for one is written.
   "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
@@ -29,6 +30,8 @@ def family_of(config: Mapping[str, Any], where: str) -> tuple[Family, Mapping[st
     UserError: It is not one of `FAMILIES`; the message has the nearest.
   """
   names = config.get("architectures") or []
+  if not isinstance(names, list) or not all(isinstance(n, str) for n in (*names, config.get("model_type") or "")):
+    raise UserError(f"{where}: architectures and model_type are a list of names and a name, not {shown(names)}.")
   by_type = {f.model_type: f.architecture for f in FAMILIES.values()}
   name = names[0] if names else by_type.get(config.get("model_type"))
   name = ALIASES.get(name, name)
@@ -36,8 +39,8 @@ def family_of(config: Mapping[str, Any], where: str) -> tuple[Family, Mapping[st
     what = name or config.get("model_type")
     if what is None:
       raise UserError(f"{where} names no architecture.")
-    near = difflib.get_close_matches(what, [*FAMILIES, *by_type], n=3, cutoff=0.0)
-    raise UserError(f"{where}: architecture {what!r} is not known. The nearest are {', '.join(near)}.")
+    near = difflib.get_close_matches(what[:80], [*FAMILIES, *by_type], n=3, cutoff=0.0)
+    raise UserError(f"{where}: architecture {shown(what)} is not known. The nearest are {', '.join(near)}.")
   config = config | config["text_config"] if isinstance(config.get("text_config"), Mapping) else config
   return _variant(FAMILIES[name], config.get("q_lora_rank"), config), config
 
@@ -66,7 +69,12 @@ def options(family: Family, config: Mapping[str, Any], where: str) -> dict[str, 
   Raises:
     UserError: A key is missing, or says what there is no option for.
   """
+  with understood(where):
+    found = _options(family, config, where)
+  return typed(found, OPTIONS[family.model], family.keys, where)
 
+
+def _options(family, config, where):
   def get(key):
     names = key.split("|")
     return next((config[name] for name in names if name in config), family.defaults.get(names[0]))
@@ -79,6 +87,7 @@ def options(family: Family, config: Mapping[str, Any], where: str) -> dict[str, 
     value = get(key)
     if value is not None:
       found[option] = value
+  found = typed(found, OPTIONS[family.model], family.keys, where)
   # n_inner is null where it is four times the width.
   if family.model_type == "gpt2":
     found.setdefault("mlp_dim", 4 * found.get("width", 0))
@@ -314,9 +323,10 @@ def check_vocabulary(tokens: int, vocab_size: int, where: str) -> None:
 
 def vocabulary(tokenizer: Mapping[str, Any], where: str) -> int:
   """Returns the number of tokens of a tokenizer.json, one more than the largest id."""
-  vocab = (tokenizer.get("model") or {}).get("vocab") or {}
-  ids = list(vocab.values()) if isinstance(vocab, Mapping) else list(range(len(vocab)))
-  ids += [t["id"] for t in tokenizer.get("added_tokens") or []]
-  if not ids:
-    raise UserError(f"{where} has no tokens.")
-  return max(ids) + 1
+  with understood(where):
+    vocab = (tokenizer.get("model") or {}).get("vocab") or {}
+    ids = list(vocab.values()) if isinstance(vocab, Mapping) else list(range(len(vocab)))
+    ids += [t["id"] for t in tokenizer.get("added_tokens") or []]
+    if not ids:
+      raise UserError(f"{where} has no tokens.")
+    return max(ids) + 1

@@ -6,6 +6,7 @@ the architecture "llama" lie for pairs of neighbours, Gemma's norms have their 1
 """
 
 import dataclasses
+import itertools
 import math
 import struct
 from collections.abc import Mapping
@@ -14,9 +15,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from bigjax.errors import UserError, suggest
+from bigjax.errors import UserError, shown, suggest
+from bigjax.models.decoder_block import Options
 from bigjax.models.rope import Rope
 from bigjax.weights.families import GEMMA2, GEMMA3, GPT2, LLAMA, PHI3, QWEN2, QWEN3, Family
+from bigjax.weights.said import typed, understood
 from bigjax.weights.tensors import Index, Mapped, Tensor, whole
 
 BLOCK = 32
@@ -116,26 +119,37 @@ def read_header(path: str) -> tuple[dict[str, Any], dict[str, Tensor], Mapped]:
       name = reader.string()
       shape = tuple(reader.number("Q") for _ in range(reader.number("I")))[::-1]
       entries.append((name, shape, reader.number("I"), reader.number("Q")))
-  except (IndexError, KeyError, struct.error, OverflowError, MemoryError):
+  except (IndexError, KeyError, struct.error, OverflowError, RecursionError):
     raise short(f"it ends at {file.size:,} bytes, before its tensors") from None
   align = said.get("general.alignment", 32)
+  if type(align) is not int or not 1 <= align <= 2**20:
+    raise short(f"general.alignment is {shown(align)}")
   base = -(-reader.at // align) * align
-  tensors = {}
+  tensors, taken = {}, []
   for name, shape, kind, offset in entries:
     if kind not in TYPES:
       known = ", ".join(t[0] for t in TYPES.values())
       raise UserError(f"{path}: {name!r} is of type {OTHERS.get(kind, kind)}; {known} are read.")
     stored, values, size, opened = TYPES[kind]
-    length = math.prod(shape) // values * size
-    start = base + offset
+    count, start = math.prod(shape), base + offset
+    if not shape or max(shape) > 2**40 or shape[-1] % values:
+      raise short(f"{name!r}, {stored}, has the shape {shown(list(shape))}")
+    length = count // values * size
     if start + length > file.size:
       raise short(f"{name!r} ends at {start + length:,} bytes, there are {file.size:,}")
+    if name in tensors:
+      raise short(f"{shown(name)} is in it twice")
+    taken.append((start, start + length, name))
     data = file.bytes[start : start + length]
     if isinstance(opened, np.dtype):
       read, dtype = data.view(opened).reshape(shape).__getitem__, opened
     else:
       read, dtype = _opener(data.reshape(*shape[:-1], shape[-1] // values, size), opened), np.dtype(np.float32)
     tensors[name] = Tensor(name, path, shape, dtype, stored, read)
+  taken.sort()
+  for (_, end, one), (start, _, other) in itertools.pairwise(taken):
+    if start < end:
+      raise short(f"{one!r} and {other!r} lie in the same place")
   return said, tensors, file
 
 
@@ -220,10 +234,12 @@ def open_file(path: str) -> tuple[Family, dict[str, Any], dict[str, Any], dict[s
   """
   said, tensors, file = read_header(path)
   name = said.get("general.architecture")
-  if name not in ARCHITECTURES:
-    raise UserError(f"{path}: architecture {name!r} is not known.{suggest(str(name), ARCHITECTURES)}")
+  if not isinstance(name, str) or name not in ARCHITECTURES:
+    raise UserError(f"{path}: architecture {shown(name)} is not known.{suggest(str(name)[:80], ARCHITECTURES)}")
   tokens = said.get("tokenizer.ggml.tokens")
-  arguments = _arguments(name, said, tensors, path)
+  with understood(path):
+    tokens = list(tokens or [])
+    arguments = typed(_arguments(name, said, tensors, path), Options, {}, path)
   return ARCHITECTURES[name], said, arguments, tensors, [file], len(tokens) if tokens else None
 
 
@@ -345,7 +361,16 @@ def tokenizer(said: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def tokenizer_files(said: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what `transformers` keeps of a tokenizer, as JSON by the name of its file; {} for a kind not known."""
+  """Returns what `transformers` keeps of a tokenizer, as JSON by the name of its file; {} for a kind not known.
+
+  Raises:
+    UserError: What the file says of its tokenizer is damaged.
+  """
+  with understood("The tokenizer in the GGUF file"):
+    return _tokenizer_files(said)
+
+
+def _tokenizer_files(said):
   found = tokenizer(said)
   if found is None:
     return {}

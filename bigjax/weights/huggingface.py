@@ -17,7 +17,7 @@ import numpy as np
 
 from bigjax import paths
 from bigjax.errors import UserError, suggest
-from bigjax.weights import configs, gguf, reading, safetensors
+from bigjax.weights import checksums, configs, gguf, reading, safetensors
 from bigjax.weights.families import Family
 from bigjax.weights.links import links, match
 from bigjax.weights.tensors import Mapped, Tensor
@@ -66,6 +66,8 @@ def open_weights(path: str) -> Weights:
       raise UserError(f"{path} is a file; give the directory, in which its config.json is.")
     if not os.path.isdir(path):
       raise UserError(f"{path}: there is no such directory, and no GGUF file (.gguf) of that name.")
+    beside = [os.path.join(path, name) for name in ("config.json", safetensors.INDEX, "tokenizer.json")]
+    checksums.verify([f for f in beside if os.path.isfile(f)])
     config = safetensors.read_json(where)
     family, config = configs.family_of(config, where)
     arguments = configs.options(family, config, where)
@@ -74,6 +76,8 @@ def open_weights(path: str) -> Weights:
     there = os.path.isfile(tokenizer)
     tokens = configs.vocabulary(safetensors.read_json(tokenizer), tokenizer) if there else None
     found = Weights(path, family, config, arguments, tensors, files, tokens)
+  if found.arguments["depth"] > len(found.tensors):
+    raise UserError(f"{path} has {len(found.tensors)} tensors, too few for {found.arguments['depth']:,} layers.")
   if found.vocabulary is not None:
     configs.check_vocabulary(found.vocabulary, found.arguments["vocab_size"], path)
   return found
@@ -92,7 +96,8 @@ def load(
     changed: options that differ on purpose.
 
   Raises:
-    UserError: The model is another one; tensors are missing, over, of another shape, or hold NaN. Nothing is returned.
+    UserError: The model is another one; tensors are missing, over, of another shape, or hold NaN; a file has other
+      bytes than a digest beside it says. Nothing is returned.
   """
   leaves = _flat(params) | _flat(extras)
   arrays, report = load_leaves(weights, options, leaves, changed=changed)
@@ -111,6 +116,7 @@ def load_leaves(
   if over and not partial:
     shown = ", ".join(over[:5]) + (f" and {len(over) - 5} more" if len(over) > 5 else "")
     raise UserError(f"{weights.path} has tensors that {weights.family.architecture} does not: {shown}.")
+  checksums.verify([f.path for f in weights.files], shared=True)
   used = set(names)
   report = [f"{n}: not read" for n in weights.tensors if n not in used]
   arrays = dict(reading.read(found, [weights.tensors[n] for n in names], leaves, weights.files))
@@ -163,7 +169,7 @@ def save(
   beside: Mapping[str, str] = {},
   shard_size: int = 5 * 10**9,
 ) -> Family:
-  """Writes config.json and safetensors that `transformers` loads; all of the directory is there in the end, or nothing.
+  """Writes config.json and safetensors that `transformers` loads, and their digests; all of it in the end, or nothing.
 
   Args:
     directory: to be made; must be empty or not there.
@@ -215,6 +221,7 @@ def save(
       for name, text in beside.items():
         with open(os.path.join(part, name), "w", encoding="utf-8") as file:
           file.write(text)
+      checksums.write(part)
       os.chmod(part, 0o755)
       if os.path.isdir(directory):
         os.rmdir(directory)

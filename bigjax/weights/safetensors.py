@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 import ml_dtypes
 import numpy as np
 
-from bigjax.errors import UserError, suggest
+from bigjax.errors import UserError, shown, suggest
 from bigjax.weights.tensors import Mapped, Tensor
 
 INDEX = "model.safetensors.index.json"
@@ -54,8 +54,12 @@ def open_files(path: str) -> tuple[dict[str, Tensor], list[Mapped]]:
       raise UserError(f"{path} has {len(named)} safetensors files and no {INDEX} that says what is in them.")
     raise UserError(f"{path} has no safetensors file{_other(path)}.")
   weight_map = read_json(index).get("weight_map")
-  if not isinstance(weight_map, dict):
-    raise UserError(f"{index} has no weight_map.")
+  if not isinstance(weight_map, dict) or not weight_map:
+    raise UserError(f"{index} has no weight_map, which says what is in which file. Fetch it again.")
+  if wrong := [
+    f for f in weight_map.values() if not isinstance(f, str) or f != os.path.basename(f) or not f.strip(".")
+  ]:
+    raise UserError(f"{index} names a file {shown(wrong[0])}, which is none of its directory's. Fetch it again.")
   files = sorted(set(weight_map.values()))
   missing = [f for f in files if not os.path.isfile(os.path.join(path, f))]
   if missing:
@@ -100,20 +104,36 @@ def _header(file: Mapped) -> dict[str, Tensor]:
   try:
     header = json.loads(file.bytes[8 : 8 + length].tobytes())
     entries = {n: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items() if n != "__metadata__"}
-  except (ValueError, KeyError, TypeError, AttributeError) as e:
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
     raise short(f"its header can't be read ({e})") from None
-  end = max((stop for *_, stop in entries.values()), default=0)
-  if 8 + length + end != file.size:
-    raise short(f"the header speaks of {8 + length + end:,} bytes, there are {file.size:,}")
-  found = {}
-  for name, (stored, shape, start, stop) in entries.items():
-    if stored not in DTYPES:
-      raise UserError(f"{file.path}: {name!r} is of type {stored!r}, which is not known.{suggest(stored, DTYPES)}")
-    if stop - start != math.prod(shape) * DTYPES[stored].itemsize or start < 0:
+  found, end = {}, 0
+  is_count = lambda n: type(n) is int and 0 <= n <= file.size
+  for name, (stored, shape, *offsets) in entries.items():
+    if not isinstance(stored, str) or stored not in DTYPES:
+      raise UserError(f"{file.path}: {name!r} is of type {shown(stored)}, which is not known.{suggest(stored, DTYPES)}")
+    if len(offsets) != 2 or not all(map(is_count, (*shape, *offsets))):
+      raise short(f"{name!r} has the shape {shown(list(shape))} at {shown(offsets)}")
+    start, stop = offsets
+    if stop - start != math.prod(shape) * DTYPES[stored].itemsize:
       raise short(f"{stop - start} bytes for {name!r}, {stored}{list(shape)}")
+    if 8 + length + stop > file.size:
+      raise short(f"the header speaks of {8 + length + stop:,} bytes, there are {file.size:,}")
     view = file.bytes[8 + length + start : 8 + length + stop].view(DTYPES[stored]).reshape(shape)
-    found[name] = Tensor(name, file.path, shape, DTYPES[stored], stored, view.__getitem__)
-  return found
+    found[name] = start, Tensor(name, file.path, shape, DTYPES[stored], stored, view.__getitem__)
+    end += stop - start
+  # They lie one after another, whatever order the header has them in.
+  if 8 + length + end != file.size or not _follow([(start, t) for start, t in found.values()]):
+    raise short(f"its tensors take {8 + length + end:,} bytes one after another, there are {file.size:,}")
+  return {n: found[n][1] for n in entries}
+
+
+def _follow(placed):
+  at = 0
+  for start, tensor in sorted((p for p in placed if math.prod(p[1].shape)), key=lambda p: p[0]):
+    if start != at:
+      return False
+    at = start + math.prod(tensor.shape) * tensor.dtype.itemsize
+  return True
 
 
 def read_json(path: str) -> dict:
@@ -123,8 +143,10 @@ def read_json(path: str) -> dict:
       found = json.load(file)
   except FileNotFoundError:
     raise UserError(f"{path}: there is no such file.") from None
-  except ValueError as e:
-    raise UserError(f"{path} can't be read as JSON: {e}.") from None
+  except OSError as e:
+    raise UserError(f"{path} can't be read: {e.strerror}.") from e
+  except (ValueError, RecursionError) as e:
+    raise UserError(f"{path} can't be read as JSON: {e}. Fetch it again.") from None
   if not isinstance(found, dict):
     raise UserError(f"{path} must be a JSON object.")
   return found

@@ -35,6 +35,8 @@ class Mapped:
         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
     except FileNotFoundError:
       raise UserError(f"{path}: there is no such file.") from None
+    except OSError as e:
+      raise UserError(f"{path} can't be read: {e.strerror}.") from e
     self.bytes = np.frombuffer(self._map, np.uint8)
 
   def drop(self) -> None:

@@ -17,7 +17,7 @@ from bigjax import experiment, initialise, main, paths, sharding, train, weights
 from bigjax import state as states
 from bigjax.errors import UserError
 from bigjax.models import bert, decoder, decoder_block
-from bigjax.weights import configs, gguf, published, reading, safetensors
+from bigjax.weights import checksums, configs, gguf, published, reading, safetensors
 
 SMALL = dict(vocab_size=24, context=16, width=16, depth=4, heads=4, kv_heads=2, mlp_dim=32, tied=True)
 MIXTRAL = dict(vocab_size=24, context=16, width=16, depth=4, heads=4, kv_heads=2, mlp_dim=32, experts=4, top_k=2)
@@ -147,7 +147,7 @@ def test_the_host_needs_little_more_than_the_state_itself(tmp_path):
 def edited(small, tmp_path, change):
   """A copy of the directory whose tensors `change` has put its hand to."""
   path = str(tmp_path / "edited")
-  shutil.copytree(small[0], path)
+  shutil.copytree(small[0], path, ignore=shutil.ignore_patterns(checksums.SUMS))
   found, _ = safetensors.open_files(path)
   values = {n: np.array(t.read(tuple(slice(0, s) for s in t.shape))) for n, t in found.items()}
   change(values)
