@@ -1,11 +1,12 @@
 """The parity matrix: every model on every mesh against one device, with what differed.
 
-Command   python scripts/parity.py [--models=gpt,vit] [--meshes=FSDP8,TP4] [--markdown]
+Command   python scripts/parity.py [--models=gpt,vit] [--meshes=FSDP8,TP4] [--variants=scan]
 
 Each cell trains a small model for 20 steps on 8 fake CPU devices in float32 and compares with the same model on one
 device: losses (within 2e-5 of their size), the gradient of the first step (within 1e-4 of its norm, leaf by leaf), and
 the last state after it was saved and read back onto one device, which must be the same to the bit. A cell that can't be
-says why. Tokens have weights that differ from place to place, so that a mean of means does not pass for a mean.
+says why. Tokens have weights that differ from place to place, so that a mean of means does not pass for a mean. The last
+table has the largest differences of each mesh and model.
 """
 
 import argparse
@@ -199,7 +200,7 @@ def main() -> int:
   entrypoint.quiet()
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", 8)
-  failed, reasons = 0, set()
+  failed, reasons, found = 0, set(), {}
   print("| model | mesh | variant | loss | gradient | read on one device |\n| --- | --- | --- | --- | --- | --- |")
   for model in args.models.split(","):
     reference = run_cell(model, "1")
@@ -221,12 +222,28 @@ def main() -> int:
           continue
         good = loss <= LOSSES and gradient <= GRADIENTS and same
         failed += not good
+        found.setdefault((mesh, model), []).append((loss, gradient, same))
         print(
           f"{row} {loss:.1e} | {gradient:.1e} | {'same' if same else 'DIFFERS'} |{'' if good else ' FAILED'}",
           flush=True,
         )
   print("\nNot there:\n" + "\n".join(f"- {r}" for r in sorted(reasons)))
+  print("\n" + "\n".join(summary(found)))
   return 1 if failed else 0
+
+
+def summary(found):
+  """Lines of a table: for each mesh and model the largest loss / gradient difference, and of how many cells."""
+  models = sorted({model for _, model in found}, key=list(MODELS).index)
+  yield f"| mesh | {' | '.join(models)} |\n|{' --- |' * (1 + len(models))}"
+  for mesh in sorted({mesh for mesh, _ in found}, key=list(MESHES).index):
+    row = []
+    for model in models:
+      cells = found.get((mesh, model), [])
+      losses, gradients, same = zip(*cells, strict=True) if cells else ((), (), ())
+      differs = "" if all(same) else " DIFFERS after moving"
+      row.append(f"{max(losses):.1e} / {max(gradients):.1e} ({len(cells)}){differs}" if cells else "-")
+    yield f"| {mesh} | {' | '.join(row)} |"
 
 
 if __name__ == "__main__":
