@@ -11,7 +11,7 @@ WORKERS ?= 2
 bin := .venv/bin
 pytest := $(bin)/python -m pytest -n $(WORKERS) --dist worksteal --durations 15 --durations-min 1
 
-.PHONY: help train test test-all plan lint format lock clean
+.PHONY: help train test test-all plan lint format lock audit clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -47,6 +47,10 @@ format:  ## mend what ruff can mend
 lock:  ## resolve pyproject.toml into constraints.txt again (ARGS=--upgrade: the newest versions)
 	@sh scripts/bootstrap.sh examples dev
 	@sh scripts/lock.sh $(ARGS)
+
+audit:  ## hold the pinned packages against known vulnerabilities (needs the network: PyPI's, or ARGS="-s osv")
+	@sh scripts/bootstrap.sh examples dev
+	@$(bin)/uv tool run pip-audit --strict --disable-pip --no-deps -r constraints.txt $(ARGS)
 
 clean:  ## remove what make made (.venv, caches, builds), never runs/
 	@rm -rf .venv .cache .pytest_cache .ruff_cache build dist

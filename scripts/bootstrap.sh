@@ -101,16 +101,34 @@ print(version)' 2>&1) && reason="is Python $version" && return
 }
 
 # Several times faster than pip, but it neither reads pip's settings (a company's own index) nor runs everywhere.
+# It holds what it fetches against the hashes in constraints.txt.
 with_uv() {
-  [ -x "$venv/bin/uv" ] || "$python" -m pip install -q --disable-pip-version-check -c constraints.txt uv || return 1
+  if ! [ -x "$venv/bin/uv" ]; then
+    mkdir -p .cache
+    sed -n '/^uv==/,/[^\\]$/p' constraints.txt >.cache/uv.txt
+    "$python" -m pip install -q --disable-pip-version-check --require-hashes -r .cache/uv.txt || return 1
+  fi
   quiet=-q; [ ! -t 2 ] || quiet=""
   # Compiled here once: where PYTHONDONTWRITEBYTECODE is set (containers), TensorFlow would take 20 s to import, not 7.
   "$venv/bin/uv" pip install $quiet --python "$python" --compile-bytecode ${again:+--reinstall} \
-    -c constraints.txt -e "$packages"
+    -c constraints.txt --build-constraint constraints.txt -e "$packages"
 }
 
+# Pip takes hashes for all packages or for none, and has none of this one: it works out which it needs, fetches these by
+# their hashes, and then links this one.
 with_pip() {
-  "$python" -m pip install -q --disable-pip-version-check ${again:+--ignore-installed} -c constraints.txt -e "$packages"
+  pip="$python -m pip --disable-pip-version-check -q"
+  mkdir -p .cache
+  sed 's/ \\$//; /^ *--hash=/d' constraints.txt >.cache/versions.txt
+  $pip install --dry-run --ignore-installed --report .cache/needed.json -c .cache/versions.txt -e "$packages" &&
+    "$python" -c '
+import json, re
+plain = lambda name: re.sub("[-_.]+", "-", name).lower()
+needed = {plain(i["metadata"]["name"]) for i in json.load(open(".cache/needed.json"))["install"]}
+pins = re.split("\n(?=[^ ])", open("constraints.txt").read().strip())
+print(*(p for p in pins if plain(p.partition("==")[0]) in needed), sep="\n")' >.cache/needed.txt &&
+    $pip install ${again:+--ignore-installed} --require-hashes --no-deps -r .cache/needed.txt &&
+    $pip install --no-deps -e .
 }
 
 # One call at a time; a lock whose owner is gone is taken over.

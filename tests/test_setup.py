@@ -52,8 +52,21 @@ def test_no_address_where_packages_are_pinned_or_installed(pattern):
     assert not re.search(r"://|index-url|find-links|trusted-host", file.read_text()), file
 
 
+def pinned():
+  """The lines of constraints.txt, each with its hashes."""
+  for lines in re.split(r"\n(?=[^ ])", (ROOT / "constraints.txt").read_text().strip()):
+    requirement, *hashes = lines.split(" \\\n    ")
+    yield Requirement(requirement), hashes
+
+
+def test_every_pin_has_the_hashes_of_its_files():
+  for requirement, hashes in pinned():
+    assert len(requirement.specifier) == 1 and str(requirement.specifier).startswith("=="), requirement
+    assert hashes and all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", h) for h in hashes), requirement
+
+
 def test_every_declared_package_is_pinned_and_installed_as_pinned():
-  pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines()]
+  pins = [requirement for requirement, _ in pinned()]
   assert {canonicalize_name(r.name) for r in BASE + EXTRAS} <= {canonicalize_name(r.name) for r in pins}
   names = {canonicalize_name(r.name) for r in BASE}
   here = [r for r in pins if canonicalize_name(r.name) in names and (r.marker is None or r.marker.evaluate())]
