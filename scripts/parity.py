@@ -5,7 +5,7 @@ Command   python scripts/parity.py [--models=gpt,vit] [--meshes=FSDP8,TP4] [--va
 Each cell trains a small model for 20 steps on 8 fake CPU devices in float32 and compares with the same model on one
 device: losses (within 2e-5 of their size), the gradient of the first step (within 1e-4 of its norm, leaf by leaf), and
 the last state after it was saved and read onto one device, which must be the same to the bit. A cell that can't be
-says why. Tokens have weights that differ from place to place, so that a mean of means does not pass for a mean. The last
+says why. Tokens have weights that differ from place to place, so that a mean of means doesn't pass for a mean. The last
 table has the largest differences of each mesh and model.
 """
 
