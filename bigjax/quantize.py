@@ -1,10 +1,10 @@
 """Products with weights in 8 bits, through Qwix; the weights themselves stay what they are.
 
 A layer is told to multiply so when its module is put together for a call (`state.Model.bind`), by its own argument for
-that: NNX's dense and convolutional layers call `self.dot_general` or `self.conv_general_dilated`, and any layer that
-does so takes part. Nothing in Python is patched, the parameters keep names and types, and a checkpoint knows nothing of
-it. Both factors are scaled by the largest value along what is summed over, for each row and column, and the product of
-the scales goes onto the result.
+that: NNX's dense and convolutional layers call `self.dot_general` or `self.conv_general_dilated`, mixtures of experts
+`self.grouped_dot`, and any layer that does so takes part. Nothing in Python is patched, the parameters keep names and
+types, and a checkpoint knows nothing of it. Both factors are scaled by the largest value along what is summed over, for
+each row and column, and the product of the scales goes onto the result.
 
 Attention's products of two activations, embeddings and logits are no products with weights of this kind.
 """
@@ -38,7 +38,7 @@ SPARED = r"(.*/)?(head|embed|token_embed|position_embed|router)"
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-  """What takes the place of `jax.lax.dot_general` or `jax.lax.conv_general_dilated` in a layer."""
+  """What takes the place of a layer's `jax.lax.dot_general`, `jax.lax.conv_general_dilated` or `grouped_dot`."""
 
   operation: str  # One of `OPERATIONS`.
   word: Word
@@ -63,7 +63,7 @@ def check(module: nnx.Module, rules: Rules | Word | None) -> None:
   if rules and not _chosen(rules, list(_layers(module))):
     raise UserError(
       f"config.quantize: {rules!r} leaves every layer of the model as it is; it is for layers that multiply with a "
-      "kernel of their own, dense or convolutional, other than embeddings and the head."
+      "kernel of their own, dense, convolutional or of experts, other than embeddings and the head."
     )
 
 
@@ -130,4 +130,14 @@ def _conv(
   return out.astype(preferred_element_type or inputs.dtype)
 
 
-OPERATIONS = {"dot_general": _dot, "conv_general_dilated": _conv}
+def _grouped(word, rows, kernels, sizes):
+  from qwix._src.core import ragged_dot_qt
+
+  forward, backward = TYPES[word]
+  config = ragged_dot_qt.RaggedDotQtConfig(
+    lhs_qtype=forward, rhs_qtype=forward, dlhs_grad_qtype=backward, drhs_grad_qtype=backward
+  )
+  return ragged_dot_qt.ragged_dot_qt(rows, kernels, sizes, config).astype(rows.dtype)
+
+
+OPERATIONS = {"dot_general": _dot, "conv_general_dilated": _conv, "grouped_dot": _grouped}

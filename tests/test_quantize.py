@@ -41,9 +41,13 @@ def losses(run, steps=6):
   return np.asarray(jax.device_get(found))
 
 
+def arguments(run):
+  return run.abstract, dict(run.batch), KEY
+
+
 def products(run, operation="dot_general"):
   """How many products the step has by the types of their factors, as it is handed to the compiler."""
-  text = train.make_step(run).lower(run.abstract, dict(run.batch), KEY).as_text()
+  text = train.make_step(run).lower(*arguments(run)).as_text()
   found = {}
   for line in text.splitlines():
     if f"stablehlo.{operation}" in line:
@@ -74,6 +78,20 @@ def test_convolutions_take_part():
   source = dict(name="synthetic", kind="images", num_examples=40, shape=(8, 8, 1), num_classes=3)
   run = built(model=cnn, data=dict(source=source), quantize=[("convs/1", "int8")])
   assert products(run, "convolution")["i8xi8"] == 3
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 2.0], ids=["dropless", "capacity"])
+def test_experts_take_part(capacity_factor):
+  sizes = dict(vocab_size=16, context=8, width=16, depth=1, heads=2, mlp_dim=32, experts=4, top_k=2)
+  decoder = dict(name="decoder", **sizes, capacity_factor=capacity_factor)
+  source = dict(name="synthetic", kind="tokens", num_examples=40, vocab_size=16, length=8)
+  changes = dict(model=decoder, data=dict(source=source), task=dict(name="language_modeling"))
+  plain, experts = built(**changes), built(**changes, quantize=[(".*/mlp", "int8"), (".*", None)])
+  assert "xi8>" in train.make_step(experts).lower(*arguments(experts)).as_text()
+  assert "xi8>" not in train.make_step(plain).lower(*arguments(plain)).as_text()
+  expected, found = losses(plain), losses(experts)
+  assert (found != expected).any()
+  np.testing.assert_allclose(found, expected, atol=0.02)
 
 
 def test_parameters_keep_names_types_and_values():

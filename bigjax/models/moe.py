@@ -131,6 +131,7 @@ class MoE(nnx.Module):
     self.router = Router(width, experts, init[0], rngs)
     self.experts = Experts(experts, width, hidden, gated=gated, init=init, rngs=rngs)
     self.shared = shared
+    self.grouped_dot = grouped_dot  # What quantize.py may put another in the place of.
     # What is called runs inside of a scan and can't change these: the model adds `aux["load"]` up, after it.
     self.bias = nnx.BatchStat(jnp.zeros(experts)) if bias_rate else None
     self.load = nnx.BatchStat(jnp.zeros(experts)) if bias_rate else None
@@ -245,14 +246,22 @@ class MoE(nnx.Module):
       raise UserError('model.exchange: "ragged" needs a collective that CPUs lack; set "gather" or "auto".')
     return self.exchange == "ragged" or (self.exchange == "auto" and ways > self.top_k and _has_ragged(mesh))
 
-  def _mlp(self, kernels, rows, product):
-    """The experts on `rows`; `product(rows, kernels)` knows which row is whose."""
+  def _mlp(self, kernels, rows, sizes=None):
+    """The experts on `rows`: of one after another so many, or [experts, rows, width]."""
+    product = self._batched_dot if sizes is None else lambda rows, kernels: self.grouped_dot(rows, kernels, sizes)
     hidden = product(rows, kernels["up"])
     if "gate" in kernels:
       hidden = self.activation(product(rows, kernels["gate"])) * hidden
     else:
       hidden = self.activation(hidden)
     return product(hidden, kernels["down"])
+
+  def _batched_dot(self, rows, kernels):
+    if self.grouped_dot is grouped_dot:
+      return jnp.einsum("ecw,ewh->ech", rows, kernels)
+    experts, each = rows.shape[:2]
+    sizes = jnp.full(experts, each, jnp.int32)
+    return self.grouped_dot(rows.reshape(experts * each, -1), kernels, sizes).reshape(experts, each, -1)
 
   def _group(self, seq, layout):
     """Tokens a group; raises unless each is whole on a device."""
@@ -331,7 +340,7 @@ def _dropless(x, index, weight, run, count, first):
   expert = jnp.where((expert >= 0) & (expert < count), expert, count)
   order, position, sizes = _sort(expert, count, tokens * min(top_k, count))
   rows = pick(x, order // top_k, position.reshape(tokens, top_k))
-  rows = run(rows, lambda rows, kernels: grouped_dot(rows, kernels, sizes))
+  rows = run(rows, sizes)
   return _combine(rows, order, position, weight)
 
 
@@ -357,7 +366,7 @@ def _with_capacity(x, index, weight, run, count, group, capacity, axes, ways):
   rows = pick(x, choice // top_k, slot.reshape(-1, top_k)).reshape(count, groups * capacity, -1)
   if ways > 1:
     rows = jax.lax.all_to_all(rows, axes, split_axis=0, concat_axis=1, tiled=True)
-  rows = run(rows, lambda rows, kernels: jnp.einsum("ecw,ewh->ech", rows, kernels))
+  rows = run(rows)
   if ways > 1:
     rows = jax.lax.all_to_all(rows, axes, split_axis=1, concat_axis=0, tiled=True)
   out = _combine(rows.reshape(slots, -1), choice, slot, weight)
@@ -383,7 +392,7 @@ def _exchange_ragged(x, index, weight, run, count, axes, ways):
   expert = jnp.where(jnp.arange(len(room)) < amount[:, me].sum(), expert, local)
   by_expert, back, own = _sort(expert, local, len(room))
   here = pick(here, by_expert, back[:, None])
-  here = run(here, lambda rows, kernels: grouped_dot(rows, kernels, own))
+  here = run(here, own)
   here = pick(here, back, by_expert[:, None])
   room = jnp.zeros_like(rows)
   rows = jax.lax.ragged_all_to_all(here, room, lands[:, me], amount[:, me], leaves[:, me], amount[me], axis_name=axes)
