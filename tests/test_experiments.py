@@ -76,6 +76,7 @@ def resolve(file, variant, data):
   arguments += [f"text={data / 'tinyshakespeare.txt'}"] if " text=" in source else []
   arguments += [f"tokens={data / 'store'}"] if "tokens=" in source else []
   arguments += [f"books={data}"] if "books=" in source else []
+  arguments += [f"code={data}"] if "code=" in source else []
   spec = f"{file}:{','.join(arguments)}" if arguments else str(file)
   # What is too large for one device says itself how it's spread.
   overrides = OVERRIDES[:1] if "tokens=" in source else OVERRIDES
