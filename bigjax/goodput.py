@@ -6,6 +6,7 @@ it in metrics.jsonl its time is counted as `lost`: the steps were made again.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import time
@@ -29,8 +30,9 @@ class Spent:
     """Called when a state is safe; writes now and then."""
     if self._primary and time.monotonic() - self._noted > EVERY:
       self._noted = time.monotonic()
-      run = record.read_run(self._workdir)
-      record.write_json(os.path.join(self._workdir, "run.json"), run | self.facts())
+      with contextlib.suppress(OSError):  # The next note is of this time, too.
+        run = record.read_run(self._workdir)
+        record.write_json(os.path.join(self._workdir, "run.json"), run | self.facts())
 
   def facts(self, over: bool = False) -> dict[str, Any]:
     """What run.json is told."""

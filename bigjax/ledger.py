@@ -14,6 +14,7 @@ against the config's own order, which takes no data.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import glob
 import json
@@ -25,7 +26,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from bigjax import hosts, sharding, stores, workdirs
+from bigjax import appended, hosts, sharding, stores, workdirs
 from bigjax.data import order, pipeline
 from bigjax.errors import UserError
 
@@ -104,7 +105,9 @@ class Ledger:
     self._number = hosts.agreed(max(_files(workdir), default=0) + 1)  # Also beside what one host alone began.
     self._last = max((a.last for a in before if a.number < self._number), default=0)
     name = f"{self._number:05d}-{jax.process_index():05d}.ledger"
-    self._path, self._file = os.path.join(_folder(workdir), name), None
+    self._path = os.path.join(_folder(workdir), name)
+    self._file = appended.Appended(self._path)
+    self._began = False
     self._steps: list[int] = []
     self._sums: list[np.ndarray] = []
     self._written = time.monotonic()
@@ -141,10 +144,17 @@ class Ledger:
       self._write()
 
   def flush(self) -> None:
-    """Has all that was noted on the disk; to be called before what depends on it is kept."""
+    """Has all that was noted on its way to the disk; a checkpoint waits until it's there."""
     self._write()
-    if self._file is not None:
-      self._guarded(self._settle)
+
+  def settle(self) -> None:
+    """Has it on the disk; raises `OSError` if it can't be."""
+    self._write()
+    self._file.settle()
+    home = workdirs.home(self._workdir)
+    if self._began and home != self._workdir and jax.process_index() != 0:
+      with open(self._path, "rb") as file:  # Process 0 puts into a store what it has itself.
+        (stores.place(_folder(home)) / os.path.basename(self._path)).write_bytes(file.read())
 
   def _write(self):
     self._written = time.monotonic()
@@ -152,22 +162,11 @@ class Ledger:
       self._steps, self._sums = [], []
       return
     data = _records(np.array(self._steps), np.stack(self._sums)).tobytes()
-    self._guarded(lambda: self._append(data))
-    self._steps, self._sums = [], []
-
-  def _settle(self):
-    os.fsync(self._file.fileno())
-    if jax.process_index() != 0 and (home := workdirs.home(self._workdir)) != self._workdir:
-      with open(self._path, "rb") as file:  # Process 0 puts into a store what it has itself.
-        (stores.place(_folder(home)) / os.path.basename(self._path)).write_bytes(file.read())
-
-  def _append(self, data):
-    if self._file is None:
-      os.makedirs(os.path.dirname(self._path), exist_ok=True)
-      self._file = open(self._path, "xb", buffering=0)
+    if not self._began:
       data = json.dumps(self._header()).encode() + b"\n" + data
-    while data:
-      data = data[self._file.write(data) :]
+    self._began = True
+    self._file.append(data)
+    self._steps, self._sums = [], []
 
   def _header(self):
     p = self._plan
@@ -181,16 +180,6 @@ class Ledger:
       "batch_size": p.batch_size,
       "seed": p.seed,
     }
-
-  def _guarded(self, write):
-    try:
-      write()
-    except OSError as e:
-      raise OSError(
-        e.errno,
-        f"{self._path}: what the steps were fed could not be written: {os.strerror(e.errno) if e.errno else e}. "
-        "Mend that and start the same command again: it goes on from the last checkpoint",
-      ) from e
 
   def _check_before(self, before):
     """Refuses data that are not what they were, or come in another order."""
@@ -212,11 +201,14 @@ class Ledger:
         )
 
   def __enter__(self) -> Ledger:
+    appended.enrol(self)
     return self
 
-  def __exit__(self, *_) -> None:
-    self._write()
-    if self._file is not None:
+  def __exit__(self, kind, *_) -> None:
+    appended.leave(self)
+    # What follows the last checkpoint is recorded again by the next start.
+    with contextlib.suppress(*[OSError] if kind else []):
+      self._write()
       self._file.close()
 
 

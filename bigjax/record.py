@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bigjax import config as configs
-from bigjax.errors import UserError
+from bigjax.errors import UserError, say
 
 PACKAGES = (
     "bigjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy",
@@ -118,7 +118,7 @@ def noting(workdir: str) -> Callable[[str], None]:
   """Returns a function that tells a person a line at once, and keeps it in run.json under `incidents`."""
 
   def note(text: str) -> None:
-    print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+    say(f"\r\x1b[K{text}" if sys.stderr.isatty() else text)
     with contextlib.suppress(OSError, UserError):  # It may be the disk that it tells of.
       run = read_run(workdir)
       incidents = [*run.get("incidents", []), {"time": now(), "what": text}][-INCIDENTS:]
@@ -133,7 +133,8 @@ def failure_noted(workdir: str) -> Iterator[None]:
   try:
     yield
   except BaseException as e:
-    finish(workdir, "failed", error=f"{type(e).__name__}: {str(e)[:1000]}")
+    with contextlib.suppress(OSError, UserError):  # It may be the disk that ended it.
+      finish(workdir, "failed", error=f"{type(e).__name__}: {str(e)[:1000]}")
     raise
 
 
@@ -183,9 +184,14 @@ def now() -> str:
 def write_json(file: str, value: Any) -> None:
   """Writes whole or not at all."""
   temporary = f"{file}.tmp"
-  with open(temporary, "w", encoding="utf-8") as f:
-    json.dump(value, f, indent=1)
-    f.write("\n")
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(temporary, file)
+  try:
+    with open(temporary, "w", encoding="utf-8") as f:
+      json.dump(value, f, indent=1)
+      f.write("\n")
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(temporary, file)
+  except OSError as e:
+    with contextlib.suppress(OSError):
+      os.remove(temporary)
+    raise OSError(e.errno, f"{file} could not be written: {os.strerror(e.errno) if e.errno else e}") from e

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from bigjax import peers
-from bigjax.errors import STOPPED
+from bigjax.errors import STOPPED, say
 
 # Seconds from the notice to the end: of a preempted VM (https://cloud.google.com/compute/docs/instances/preemptible),
 # and of a pod unless it says otherwise (https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle).
@@ -130,10 +130,9 @@ class Stops:
       return {}
     seconds = time.monotonic() - self._asked
     if seconds > GRACE:
-      print(
+      say(
         f"bigjax: it took {seconds:.0f} s from the request ({self._why}) until all was saved; a preempted VM is given "
-        f"{GRACE:.0f} s. Save nearer (a faster disk for --workdir), or set config.keep.temporary.",
-        file=sys.stderr,
+        f"{GRACE:.0f} s. Save nearer (a faster disk for --workdir), or set config.keep.temporary."
       )
     return {"stop": {"why": self._why, "seconds_to_save": round(seconds, 3)}}
 
@@ -230,6 +229,7 @@ def _group(connected):
 
 
 def _leave(code, message):
-  print(f"\nbigjax: {message}", file=sys.stderr, flush=True)
-  sys.stdout.flush()
+  say(f"\nbigjax: {message}")
+  with contextlib.suppress(OSError, ValueError):
+    sys.stdout.flush()
   os._exit(code)

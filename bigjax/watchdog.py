@@ -26,7 +26,7 @@ from typing import Any
 import jax
 
 from bigjax import hosts, record
-from bigjax.errors import LOST, UserError
+from bigjax.errors import LOST, UserError, say
 from bigjax.metrics.stopwatch import TRAINING
 
 WORDS = {"input": "waits for input", "device": "waits for the devices", "host": "is at work on the host"}
@@ -188,7 +188,7 @@ def straggler(paces: dict[int, dict[str, Any]], slow: float) -> str | None:
 def dump(workdir: str, why: str) -> str:
   """Writes the stacks of all threads to a file in `workdir`, and to the standard error stream; returns the file."""
   file = os.path.join(workdir, f"stacks-{socket.gethostname()}-{os.getpid()}.txt")
-  print(f"bigjax: {why}; the stacks of all threads:", file=sys.stderr, flush=True)
+  say(f"bigjax: {why}; the stacks of all threads:")
   faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
   try:
     with open(file, "a", encoding="utf-8") as f:

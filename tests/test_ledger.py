@@ -235,7 +235,7 @@ def test_another_host_than_the_first_puts_its_rows_where_the_run_is_kept(tmp_pat
     for step in range(1, 6):
       book.fetched(*plan.examples((step - 1) * 8 + np.arange(8)))
       book.note(step)
-    book.flush()
+    book.settle()
     kept = store / "ledger" / "00001-00001.ledger"
     assert kept.read_bytes() == (here / "ledger" / kept.name).read_bytes()
   header, steps, sums = ledger._part(str(kept))

@@ -13,6 +13,7 @@ in `metrics.csv`, which every CSV reader knows. A value may be a nested list, su
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import csv
 import importlib.util
@@ -27,11 +28,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsInt
 
+from bigjax.appended import Appended, Patience, enrol, leave
 from bigjax.data import tfdata
 from bigjax.errors import UserError, suggest
 from bigjax.metrics.reading import format_value, parsed_lines
 
 KINDS = ("jsonl", "csv", "tensorboard", "console")
+ROWS = 100_000  # That wait for room on the disk at most, where they wait as rows.
 
 
 class Writers:
@@ -48,7 +51,8 @@ class Writers:
 
   Raises:
     UserError: for an unknown kind, or a workdir that cannot be written.
-    OSError: from `write`, `flush` and `close`, when the disk refuses (full, gone), with the file and the remedy.
+    OSError: from `close`, when the disk refuses (full, gone). Until then rows wait in memory, and are written when
+      there is room; `write` raises it when too many do. Checkpoints wait for them, see `bigjax.appended`.
   """
 
   def __init__(
@@ -109,7 +113,7 @@ class Writers:
       self._writers["tensorboard"].write(int(step), {f"time/{name}": value for name, value in values.items()})
 
   def flush(self) -> None:
-    """Asks that what was written reaches the disk. TensorBoard's thread does its part without being waited for."""
+    """Has what was written reach the disk, if it can. TensorBoard's thread does its part without being waited for."""
     for writer in self._writers.values():
       writer.flush()
 
@@ -123,8 +127,10 @@ class Writers:
   def __enter__(self) -> Writers:
     return self
 
-  def __exit__(self, *exc_info) -> None:
-    self.close()
+  def __exit__(self, kind, *_) -> None:
+    # After an error only the rows since the last checkpoint can be missing, and the next start writes those again.
+    with contextlib.suppress(*[OSError] if kind else []):
+      self.close()
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -159,11 +165,11 @@ class _Jsonl:
     elif path.exists():
       kept = [line for row, line in parsed_lines(path) if stays(row["step"], row)]
       _replace(path, b"".join(kept))
-    self._file = _Appended(path)
+    self._file = Appended(path).open()
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     row = {"step": step, **{name: _json_safe(value) for name, value in values.items()}}
-    self._file.append(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n", step)
+    self._file.append((json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n").encode())
 
   def flush(self) -> None:
     self._file.flush()
@@ -182,6 +188,8 @@ class _Csv:
   def __init__(self, path: Path, resume_step: int | None, stays: Callable[[int, Iterable[str]], bool]):
     self._path = path
     self._columns = ["step"]
+    self._waiting: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque()
+    self._patience = Patience(f"{path} with another column")
     if resume_step is None:
       _set_aside(path)
     elif path.exists():
@@ -189,23 +197,40 @@ class _Csv:
       self._columns = header
       named = lambda row: [name for name, cell in zip(header, row, strict=True) if cell]
       _replace(path, _csv_text([header, *(row for row in rows if stays(int(row[0]), named(row)))]))
-    self._file = _Appended(path)
+    self._file = Appended(path).open()
+    enrol(self)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    values = _scalars(values)
-    new = [name for name in values if name not in self._columns]
-    if new:
-      self._file.close()
-      try:
-        _, *rows = self._read() or [None]
-        self._columns += new
-        _replace(self._path, _csv_text([self._columns, *(row + [""] * len(new) for row in rows)]))
-        self._file = _Appended(self._path)
-      except OSError as error:
-        raise _refused(self._path, step, error) from error
-    if values:
-      cells = [step, *(repr(values[name]) if name in values else "" for name in self._columns[1:])]
-      self._file.append(_csv_text([cells]).decode(), step)
+    if values := _scalars(values):
+      self._waiting.append((step, values))
+    if len(self._waiting) > ROWS:
+      raise OSError(f"{self._path} could not be written for so long that {ROWS} rows wait in memory")
+    if self._patience.due():
+      with contextlib.suppress(OSError):  # It was said.
+        self._drain()
+
+  def _drain(self) -> None:
+    """Adds the rows that wait, with their columns before them."""
+    try:
+      while self._waiting:
+        step, values = self._waiting[0]
+        if new := [name for name in values if name not in self._columns]:
+          self._widen(new)
+        cells = [step, *(repr(values[name]) if name in values else "" for name in self._columns[1:])]
+        self._file.append(_csv_text([cells]))
+        self._waiting.popleft()
+    except OSError as error:
+      self._patience.failed(error)
+      raise
+    self._patience.worked()
+
+  def _widen(self, new: list[str]) -> None:
+    self._file.settle()
+    _, *rows = self._read() or [None]
+    columns = self._columns + new
+    _replace(self._path, _csv_text([columns, *(row + [""] * len(new) for row in rows)]))
+    self._file.close()
+    self._columns, self._file = columns, Appended(self._path)
 
   def _read(self) -> list[list[str]]:
     """The lines of the file that were written whole."""
@@ -216,10 +241,18 @@ class _Csv:
     return rows[:1] + [row for row in rows[1:] if len(row) == width and row[0].isdecimal()]
 
   def flush(self) -> None:
-    self._file.flush()
+    with contextlib.suppress(OSError):  # It was said.
+      self.settle()
+
+  def settle(self) -> None:
+    """Has all rows on the disk; raises `OSError` if they can't be."""
+    self._drain()
+    self._file.settle()
 
   def close(self) -> None:
-    self._file.close()
+    leave(self)
+    with contextlib.closing(self._file):
+      self.settle()
 
 
 def _csv_text(rows: Iterable[Iterable[Any]]) -> bytes:
@@ -244,7 +277,6 @@ class _TensorBoard:
     self._error: Exception | None = None
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    self._check()
     values = _scalars(values)
     if values and self._thread is None:
       self._thread = threading.Thread(target=self._run, name="tensorboard", daemon=True)
@@ -253,37 +285,46 @@ class _TensorBoard:
       self._queue.put((step, values))
 
   def flush(self) -> None:
-    self._check()
+    """Its thread does that."""
 
   def close(self) -> None:
-    if self._thread is not None:
-      self._queue.put(None)
-      self._thread.join()
-    self._check()
-
-  def _check(self) -> None:
+    if self._thread is None:
+      return
+    self._queue.put(None)
+    self._thread.join()
     if self._error is not None:
-      error, self._error = self._error, None
-      raise OSError(f"TensorBoard's files in {self._workdir} could not be written: {error}") from error
+      raise OSError(f"TensorBoard's files in {self._workdir} could not be written: {self._error}") from self._error
 
   def _run(self) -> None:
+    """Writes what comes, until None does; what it can't write it tries again, from another file."""
+    writer, unflushed, over = None, collections.deque(maxlen=ROWS), False
+    patience = Patience(f"TensorBoard's file in {self._workdir}")
+    while not over:
+      fresh = None
+      with contextlib.suppress(queue.Empty):
+        # A row must not wait in TensorFlow's buffer for the next one, which may be an epoch away.
+        fresh = self._queue.get(timeout=5)
+        over = fresh is None
+        unflushed += [] if over else [fresh]
+      if not unflushed or not (over or patience.due()):
+        continue
+      try:
+        rows = unflushed if writer is None else [fresh] if fresh else []
+        writer = writer or self._open()
+        for row in rows:
+          writer.write_scalars(*row)
+        if fresh is None:  # Nothing came for a while, or nothing will.
+          writer.flush()
+          unflushed.clear()
+        self._error = None
+        patience.worked()
+      except Exception as error:  # TensorFlow's own are of many types.
+        self._error, writer = error, None
+        patience.failed(error if isinstance(error, OSError) else OSError(str(error)))
     try:
-      writer, unflushed = self._open(), False
-      while True:
-        try:
-          item = self._queue.get(timeout=5)
-        except queue.Empty:
-          # A row must not wait in TensorFlow's buffer for the next one, which may be an epoch away.
-          if unflushed:
-            writer.flush()
-          unflushed = False
-          continue
-        if item is None:
-          break
-        writer.write_scalars(*item)
-        unflushed = True
-      writer.close()
-    except Exception as error:  # told by the next write, or by close
+      if writer is not None:
+        writer.close()
+    except Exception as error:
       self._error = error
 
   def _open(self):
@@ -308,52 +349,15 @@ class _Console:
   """A line a row on the standard output, for logs without a progress line."""
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    print(f"step {step:,}  " + "  ".join(f"{name} {format_value(value)}" for name, value in _scalars(values).items()))
+    with contextlib.suppress(OSError):  # The log may be on the disk that is full.
+      print(f"step {step:,}  " + "  ".join(f"{name} {format_value(value)}" for name, value in _scalars(values).items()))
 
   def flush(self) -> None:
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+      sys.stdout.flush()
 
   def close(self) -> None:
     self.flush()
-
-
-class _Appended:
-  """A file that only grows, whose every write reaches the operating system before the loop goes on."""
-
-  def __init__(self, path: Path):
-    self._path, self._step = path, 0
-    self._file = open(path, "ab", buffering=0)
-
-  def append(self, text: str, step: int) -> None:
-    self._step, rest = step, text.encode()
-    try:
-      while rest:
-        rest = rest[self._file.write(rest) :]
-    except OSError as error:
-      raise _refused(self._path, step, error) from error
-
-  def flush(self) -> None:
-    try:
-      os.fsync(self._file.fileno())
-    except OSError as error:
-      raise _refused(self._path, self._step, error) from error
-
-  def close(self) -> None:
-    if self._file.closed:
-      return
-    try:
-      self.flush()
-    finally:
-      self._file.close()
-
-
-def _refused(path: Path, step: int, error: OSError) -> OSError:
-  """The same error with what was lost and what to do."""
-  return OSError(
-    error.errno,
-    f"{path}: the metrics of step {step} could not be written: {os.strerror(error.errno) if error.errno else error}. "
-    "Mend that and start the same command again: it goes on from the last checkpoint",
-  )
 
 
 def _set_aside(path: Path) -> None:

@@ -1,15 +1,16 @@
-import contextlib
 import csv
 import errno
 import json
 import math
 import os
+import resource
 import threading
 import time
 
 import numpy as np
 import pytest
 
+from bigjax import appended
 from bigjax.errors import UserError
 from bigjax.metrics import Writers, read_rows
 
@@ -20,9 +21,13 @@ def write_run(workdir, steps, kinds=TEXT, **kwargs):
   """A run of 5 logged steps with an evaluation at each second one, cut to `steps`."""
   with Writers(workdir, kinds, **kwargs) as writers:
     for step in steps:
-      writers.write(step, {"loss": 1 / step, "accuracy": 1 - 0.5**step})
-      if step % 2 == 0:
-        writers.write(step, {"test/loss": 2 / step, "test/confusion_matrix": [[step, 0], [1, 2]]})
+      write_step(writers, step)
+
+
+def write_step(writers, step):
+  writers.write(step, {"loss": 1 / step, "accuracy": 1 - 0.5**step})
+  if step % 2 == 0:
+    writers.write(step, {"test/loss": 2 / step, "test/confusion_matrix": [[step, 0], [1, 2]]})
 
 
 def lines(path):
@@ -196,14 +201,41 @@ def test_a_workdir_that_cannot_be_written_is_the_users_to_mend(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_full_disk_is_told_with_the_step_and_the_remedy(tmp_path):
+def test_a_full_disk_is_told_once_and_ends_nothing_before_the_end(tmp_path, capsys):
   (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
   writers = Writers(tmp_path, ("jsonl",))
-  with pytest.raises(OSError, match=r"step 40 could not be written: No space left.*start the same command") as caught:
-    writers.write(40, {"loss": 1.0})
-  assert caught.value.errno == errno.ENOSPC
-  with contextlib.suppress(OSError):
+  for step in range(3):
+    writers.write(step, {"loss": 1.0})
+    writers.flush()
+  with pytest.raises(OSError, match="No space left") as caught:
     writers.close()
+  assert caught.value.errno == errno.ENOSPC
+  told = capsys.readouterr().err
+  assert told.count("metrics.jsonl can't be written: No space left") == 1 and "kept in memory, up to 64 MB" in told
+
+
+def test_rows_and_columns_that_come_while_the_disk_is_full_are_written_when_there_is_room(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(appended, "BACK_OFF", (0, 0))
+  write_run(tmp_path / "whole", range(1, 40))
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with Writers(tmp_path / "full", TEXT) as writers:
+    write_step(writers, 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+      for step in range(2, 30):
+        write_step(writers, step)
+      assert len(lines(tmp_path / "full" / "metrics.jsonl")) < 5
+      with pytest.raises(OSError, match="File too large"):
+        appended.settle()
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    for step in range(30, 40):
+      write_step(writers, step)
+  for name in ("metrics.jsonl", "metrics.csv"):
+    assert (tmp_path / "full" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+  assert capsys.readouterr().err.count("is written again") == 2
 
 
 def test_console_prints_a_row_a_line(tmp_path, capsys):
