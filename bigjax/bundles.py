@@ -1,11 +1,12 @@
 """What it takes to see a fault again: a file in `workdir/bundles`, for `bigjax replay`.
 
 It holds the steps, the numbers that were wrong, the examples, the config, and the checkpoint from which the steps can
-be taken again; neither data nor parameters.
+be taken again, which stays for as long as the bundle does; neither data nor parameters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bigjax import config as configs
-from bigjax import record, workdirs
+from bigjax import record, stores, workdirs
 from bigjax.data import pipeline
 from bigjax.errors import UserError
 
@@ -73,6 +74,15 @@ def write(
     },
   )
   return folder
+
+
+def needed(workdir: str) -> dict[int, str]:
+  """Returns the steps of the checkpoints that a run's bundles are replayed from, each with the reason to keep it."""
+  found, place = {}, stores.place(workdir) / "bundles"
+  for folder in stores.listed(place) if place.is_dir() else ():
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # It is of no use, whatever stays for it.
+      found[int(json.loads((folder / "bundle.json").read_text())["checkpoint"])] = f"for bundles/{folder.name}"
+  return found
 
 
 def read(path: str) -> dict[str, Any]:

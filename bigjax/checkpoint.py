@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import math
 import secrets
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,9 +21,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from bigjax import commits, hosts, paths, stacks, stores, workdirs
+from bigjax import appended, bundles, commits, hosts, paths, stacks, stores, workdirs
 from bigjax.commits import Damaged, Keep
-from bigjax.errors import UserError
+from bigjax.errors import UserError, say
 from bigjax.saving import Save, said
 
 AT_ONCE = 256 * 10**6  # Bytes under way from disk to devices, of each process.
@@ -54,7 +53,7 @@ class Checkpoints:
       where: What `workdir` was named by, for messages.
       note: Called with a line for each thing a person should know, on process 0; prints it by default.
     """
-    self._where, self._keep, self._note = where, keep or Keep(), note or _print
+    self._where, self._keep, self._note = where, keep or Keep(), note or say
     self._workdir, self._root = workdir, stores.place(workdirs.home(workdir)) / "checkpoints"
     self.directory = str(self._root)
     self._known: dict[int, commits.Manifest] = {}
@@ -148,6 +147,7 @@ class Checkpoints:
 
   def amend(self, step: int, loop: Mapping[str, Any], metric: float | None = None) -> None:
     """Has the checkpoint of a step remember what was found about it later, and what it may be the best by."""
+    appended.settle()
     if jax.process_index() == 0:
       manifest = dataclasses.replace(self._manifest(step), **self._said(loop, metric))
       commits.amend(self._root, manifest)
@@ -239,7 +239,7 @@ class Checkpoints:
 
   def _prune(self, newest):
     try:
-      why = commits.reasons(self._readable(self.steps()), self._keep)
+      why = commits.reasons(self._readable(self.steps()), self._keep, bundles.needed(self._workdir))
       for step in (s for s, reasons in why.items() if not reasons and s != newest):
         commits.remove(self._root, step)
     except OSError as e:
@@ -443,10 +443,6 @@ class Checkpoints:
         + "\nUse another --workdir, the config it was made with, or config.init_from to take parts of it, or all of it "
         "with changes (init_from.whole)."
       )
-
-
-def _print(text):
-  print(text, file=sys.stderr, flush=True)
 
 
 def _groups(conversions, there):

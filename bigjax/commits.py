@@ -180,8 +180,8 @@ def sweep(root: epath.Path) -> None:
         path.rmtree() if path.is_dir() else path.unlink()
 
 
-def reasons(manifests: Iterable[Manifest], keep: Keep) -> dict[int, list[str]]:
-  """Returns why each checkpoint stays, by its step; those that needn't have no reason."""
+def reasons(manifests: Iterable[Manifest], keep: Keep, needed: Mapping[int, str] | None = None) -> dict[int, list[str]]:
+  """Returns why each checkpoint stays, by its step; those that needn't have no reason. `needed` are further ones."""
   found = sorted(manifests, key=lambda m: m.step)
   why: dict[int, list[str]] = {m.step: [] for m in found}
   for m in found[-keep.last :] if keep.last else []:
@@ -193,6 +193,8 @@ def reasons(manifests: Iterable[Manifest], keep: Keep) -> dict[int, list[str]]:
   rated = [m for m in found if m.metric is not None and m.of == measure(keep)]
   if keep.best and rated:
     why[max(rated, key=lambda m: (m.metric, m.step)).step].append(f"best {keep.best}")
+  for step in why.keys() & (needed or {}).keys():
+    why[step].append(needed[step])
   return why
 
 

@@ -57,7 +57,7 @@ def _ls(args) -> int:
 
   root = _root(args.workdir)
   found = {step: _manifest(root, step) for step in commits.steps(root)}
-  why = _why([m for m in found.values() if not isinstance(m, str)])
+  why = _why([m for m in found.values() if not isinstance(m, str)], args.workdir)
   rows = []
   for step, said in found.items():
     if isinstance(said, str):
@@ -171,7 +171,7 @@ def _convert(args, overrides) -> int:
 
 
 def _prune(args) -> int:
-  from bigjax import commits
+  from bigjax import bundles, commits
 
   if args.last < 1:
     raise UserError(f"--last={args.last}: one stays at least.")
@@ -182,7 +182,7 @@ def _prune(args) -> int:
   keep = commits.Keep(
     last=args.last, every=args.every, best=None if args.lose_best else saved_by.best, mode=saved_by.mode
   )
-  why = commits.reasons(found, keep)
+  why = commits.reasons(found, keep, bundles.needed(args.workdir))
   newest = next((s for s in reversed(steps) if not commits.wrong(root, s)), None)
   if newest is None and steps:
     raise UserError(f"{root}: no checkpoint is intact; nothing is removed. See bigjax checkpoint verify.")
@@ -244,11 +244,11 @@ def _manifest(root, step):
     return str(e)
 
 
-def _why(manifests):
-  from bigjax import commits
+def _why(manifests, workdir):
+  from bigjax import bundles, commits
 
   rules = manifests[-1].keep if manifests else None
-  return commits.reasons(manifests, commits.Keep(**(rules or {})))
+  return commits.reasons(manifests, commits.Keep(**(rules or {})), bundles.needed(workdir))
 
 
 def _age(time_said) -> str:

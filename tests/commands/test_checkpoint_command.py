@@ -125,6 +125,17 @@ def test_prune_says_first_and_never_removes_the_last_that_is_intact(workdir, com
   assert code == 2 and "nothing is removed" in said and steps(workdir) == [6, 8]
 
 
+def test_what_a_bundle_is_replayed_from_stays_for_as_long_as_the_bundle(workdir, command):
+  bundle = workdir / "bundles" / "00000005"
+  bundle.mkdir(parents=True)
+  (bundle / "bundle.json").write_text('{"checkpoint": 4}')
+  assert "for bundles/00000005" in command("ls", workdir)[1]
+  assert "4 (for bundles/00000005)" in command("prune", workdir)[1] and steps(workdir) == [4, 8]
+  shutil.rmtree(bundle)
+  command("prune", workdir)
+  assert steps(workdir) == [8]
+
+
 def test_prune_removes_what_was_set_aside_only_when_asked_to(workdir, command):
   aside = workdir / "checkpoints" / "00000009.damaged"
   shutil.copytree(workdir / "checkpoints" / "00000008", aside)
