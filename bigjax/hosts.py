@@ -29,7 +29,7 @@ import jax
 from jax._src import distributed
 
 from bigjax import workdirs
-from bigjax.errors import LOST, UserError
+from bigjax.errors import LOST, UserError, say
 from bigjax.peers import Peers, call_roll, find, is_loopback, metadata, on_tpu_vm
 
 SILENCE = 60  # Seconds without a sign of life after which a peer counts as lost; --peer_timeout if that is less.
@@ -295,7 +295,7 @@ def _say_who_is_gone(peers, host):
     with contextlib.suppress(OSError), socket.create_connection(peers.coordinator.rsplit(":", 1), timeout=2):
       return  # It is there: this is something else.
     reason = "nothing answers there any more: it was killed, or its host is gone"
-    print(f"bigjax: process 0 of {peers.processes} on {host} failed: {reason}", file=sys.stderr, flush=True)
+    say(f"bigjax: process 0 of {peers.processes} on {host} failed: {reason}")
     os._exit(LOST)
 
   global _aborted
@@ -306,7 +306,7 @@ def _say_who_is_gone(peers, host):
 def end(code: int, reason: str) -> NoReturn:
   """Ends the run at once, here and on all peers, from any thread and whatever the others wait for."""
   me, count = place()
-  print(f"bigjax: {reason}", file=sys.stderr, flush=True)
+  say(f"bigjax: {reason}")
   if count > 1:
     _post(me, code, reason)
     _linger(me, count)
@@ -330,13 +330,17 @@ class _Lookout:
 
   def __init__(self, peers: Peers, silence: float, note: Callable[[str], None]):
     self._peers, self._silence, self._note = peers, silence, note
-    self._failing, self._ended = threading.Event(), threading.Event()
-    self._thread = threading.Thread(target=self._run, name="bigjax-lookout", daemon=True)
-    self._thread.start()
+    self._failing, self._ended, self._answered = threading.Event(), threading.Event(), threading.Event()
+    self._threads = [threading.Thread(target=self._run, name="bigjax-lookout", daemon=True)]
+    if peers.process:
+      self._threads += [threading.Thread(target=self._listen_for_the_first, name="bigjax-lookout-0", daemon=True)]
+    for thread in self._threads:
+      thread.start()
 
   def close(self) -> None:
     self._ended.set()
-    self._thread.join()
+    for thread in self._threads:
+      thread.join()
 
   def fail(self, error: BaseException) -> None:
     """Tells the peers of this process's own failure; from here on it ends without waiting for them."""
@@ -345,7 +349,7 @@ class _Lookout:
       # Whoever that was, it is known in a moment: it said so itself, or its silence will.
       time.sleep(self._silence + 4 * POLL)
     self._failing.set()
-    print(f"process {me} of {self._peers.processes} on {socket.gethostname()} fails:", file=sys.stderr, flush=True)
+    say(f"process {me} of {self._peers.processes} on {socket.gethostname()} fails:")
     if _is_of_a_peer(error):
       _post(me, 1, _shown(error))
     else:
@@ -365,6 +369,7 @@ class _Lookout:
         if me == 0:
           self._listen_for_life(store, heard)
         failed = [json.loads(said) for _, said in store.key_value_dir_get("bigjax/failed")]
+        self._answered.set()
       except jax.errors.JaxRuntimeError:
         continue  # The service is gone, and JAX is about to end this process.
       mine = next((f for f in failed if f["process"] == me), None)
@@ -376,6 +381,21 @@ class _Lookout:
         self._end(failed[0])
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       store.key_value_delete(f"bigjax/alive/{me}")
+
+  def _listen_for_the_first(self):
+    """Ends this process when process 0, which has the store, is there but does not answer any more.
+
+    Then whoever asks it waits: JAX's client gives up after minutes, and aborts. What counts are looks, not the clock,
+    which goes on while this process itself is held.
+    """
+    looks = 0
+    while not self._ended.wait(POLL):
+      looks = 0 if self._answered.is_set() else looks + 1
+      self._answered.clear()
+      if looks * POLL > self._silence + 2 * POLL:  # It says so itself of others, who are asked first.
+        first = f"process 0 of {self._peers.processes} at {self._peers.coordinator}"
+        say(f"bigjax: {first} failed: no answer for {looks * POLL:g} s; it or its host hangs, or is cut off")
+        _leave(LOST)
 
   def _listen_for_life(self, store, heard):
     now = time.monotonic()
@@ -392,7 +412,7 @@ class _Lookout:
     reason = f"process {process} of {self._peers.processes} on {failed['host']} failed: {failed['reason']}"
     if process == self._peers.process:
       reason = f"{reason} (and did not end by itself)"
-    print(f"bigjax: {reason}", file=sys.stderr, flush=True)
+    say(f"bigjax: {reason}")
     if self._peers.process == 0:
       with contextlib.suppress(Exception):  # The disk may be what failed.
         self._note(reason)
@@ -401,6 +421,7 @@ class _Lookout:
 
 
 def _leave(code):
-  sys.stdout.flush()
-  sys.stderr.flush()
+  with contextlib.suppress(OSError, ValueError):  # The log may be on a disk that is full.
+    sys.stdout.flush()
+    sys.stderr.flush()
   os._exit(code)

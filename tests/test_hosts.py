@@ -307,6 +307,21 @@ def test_a_peer_that_is_killed_is_missed_in_bounded_time(config, tmp_path):
   assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_peer_that_is_there_but_does_nothing_any_more_is_missed_in_bounded_time(config, tmp_path, frozen):
+  flags = ["--config.total_steps=100000", "--config.evals.val.every=100000", "--config.checkpoint_every=100000"]
+  with Processes("train", f"--config={config}", f"--workdir={tmp_path}", *flags, count=2, timeout=10) as run:
+    wait_for_rows(tmp_path, 3, run)
+    begun = time.monotonic()
+    run.started[frozen].send_signal(signal.SIGSTOP)
+    assert run.started[1 - frozen].wait(timeout=60) == 76
+    assert time.monotonic() - begun < 30
+    run.started[frozen].kill()
+    written = run.ended({frozen: -signal.SIGKILL, 1 - frozen: 76})
+  assert f"process {frozen} of 2" in written[1 - frozen][1]
+
+
 def test_another_config_is_refused(config, tmp_path):
   def flags(i):
     return [f"--config.seed={i}", f"--workdir={tmp_path / 'run'}"]
