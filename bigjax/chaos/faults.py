@@ -24,7 +24,7 @@ AT = {
   "stalled input": ("input",),
   "disk full": ("step", "eval", "save", "commit"),
   "disk full a while": ("step", "eval", "save", "commit"),
-}  # Others strike anywhere, but for "input".
+}  # Others strike anywhere.
 OPERATIONS = 48  # A checkpoint of a small model is completed in about as many.
 
 
@@ -59,7 +59,7 @@ def draw(rng: random.Random, kinds: Sequence[str], processes: int, steps: int) -
   kind = rng.choice(list(kinds))
   if kind == "freeze" and processes == 1:  # Nobody would be there to notice.
     kind = "SIGKILL"
-  moment = rng.choice(AT.get(kind, tuple(m for m in MOMENTS if m != "input")))
+  moment = rng.choice(AT.get(kind, MOMENTS))
   counts = {"input": max(1, steps), "step": max(1, steps), "commit": OPERATIONS, "save": 2, "eval": 2}
   count = rng.randint(1, counts.get(moment, 1))
   # Imports and the like take seconds, and have no moments of their own.

@@ -62,6 +62,7 @@ class Start:
   started: int | None  # The step it went on from; None where it did not get that far.
   struck: bool  # Whether the fault's moment came.
   at: int | None  # The last step that was taken before that.
+  time: float | None  # When it struck, seconds since 1970.
   leaving: float | None  # Seconds from the strike to the end of the last process.
   damage: str | None = None  # What was done to the files afterwards.
   said: str = ""  # The last lines of the process that failed first.
@@ -132,7 +133,7 @@ class Harness:
     """Returns the folder of a run that nothing happens to."""
     workdir = os.path.join(self.out, "undisturbed")
     shutil.rmtree(workdir, ignore_errors=True)
-    start = self._start(workdir, 0, None, self.places[0])
+    start = self.start(workdir, 0, None, self.places[0])
     if any(c != 0 for c in start.codes):
       raise UserError(
         f"--config={self.config}: it does not end well undisturbed (exit codes {start.codes}):\n{start.said}"
@@ -151,7 +152,7 @@ class Harness:
       if sum(s.struck for s in starts) < most:
         # So far apart that the run lasts for all of them.
         fault = faults.draw(rng, kinds, place[0], min(steps - at, 1 + 2 * steps // most))
-      start = self._start(workdir, len(starts), fault, place)
+      start = self.start(workdir, len(starts), fault, place)
       if fault and fault.kind in faults.FILES and start.struck:
         start = dataclasses.replace(start, damage=faults.damage(fault.kind, workdir, rng))
       starts.append(start)
@@ -192,7 +193,7 @@ class Harness:
       return bool(np.abs(a - b).max(initial=0) <= self.tolerance * max(np.abs(a).max(initial=0), 1e-30))
     return a.tobytes() == b.tobytes()
 
-  def _start(self, workdir: str, number: int, fault: Fault | None, place: tuple[int, int]) -> Start:
+  def start(self, workdir: str, number: int, fault: Fault | None, place: tuple[int, int]) -> Start:
     """Starts all processes of a run once, and waits for their end."""
     count, devices = place
     logs = os.path.join(self.out, "logs", os.path.basename(workdir))
@@ -233,6 +234,7 @@ class Harness:
       started=next((e["start"] for e in events if "start" in e), None),
       struck=struck is not None,
       at=None if struck is None else struck["step"],
+      time=None if struck is None else struck["time"],
       leaving=None if struck is None else round(ended - struck["time"], 3),
       said=said,
     )
@@ -308,15 +310,14 @@ def summary(outcomes: Sequence[Outcome]) -> str:
   for outcome in outcomes:
     for start in outcome.faults:
       found.setdefault((start.kind, start.fault.moment), []).append((outcome, start))
-  lines = [
-    "| fault | at | times | recovered | differences | hangs | exit codes | to the end, s, most | steps lost, most |",
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-  ]
+  moments = [m for m in faults.MOMENTS if any(m == at for _, at in found)]
+  titles = ["fault", *moments, "in all", "recovered", "differences", "hangs", "to the end, s, most", "steps lost, most"]
+  lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
   again = {id(s): lost for o in outcomes for s, lost in _lost(o)}
   for kind in sorted({k for k, _ in found}, key=lambda k: faults.KINDS.index(k)):
-    moments = [m for m in faults.MOMENTS if (kind, m) in found]
-    both = [pair for m in moments for pair in found[kind, m]]
-    lines.append(_row(kind, ", ".join(f"{m} {len(found[kind, m])}" for m in moments), both, again))
+    at = [found.get((kind, m), []) for m in moments]
+    cells = [kind, *(len(pairs) or "" for pairs in at), *_cells([pair for pairs in at for pair in pairs], again)]
+    lines.append(f"| {' | '.join(map(str, cells))} |")
   struck = [(o, s) for o in outcomes for s in o.faults]
   places = sorted({f"{s.processes} x {s.devices}" for o in outcomes for s in o.starts})
   starts = [s for o in outcomes for s in o.starts]
@@ -330,21 +331,17 @@ def summary(outcomes: Sequence[Outcome]) -> str:
   return "\n".join(lines)
 
 
-def _row(kind, moments, both, again):
-  codes = sorted({c for _, s in both for c in s.codes if c is not None})
-  different = sum(len(o.differences) for o in {id(o): o for o, _ in both}.values() if o.finished)
-  cells = [
-    kind,
-    moments,
-    len(both),
-    sum(o.fine for o, _ in both),
+def _cells(struck, again):
+  """What came of some faults, each with the run that it was in."""
+  different = sum(len(o.differences) for o in {id(o): o for o, _ in struck}.values() if o.finished)
+  return [
+    len(struck),
+    sum(o.fine for o, _ in struck),
     different,
-    sum(s.hung for _, s in both),
-    ", ".join(map(str, codes)),
-    f"{max(s.leaving or 0.0 for _, s in both):.1f}",
-    max((again.get(id(s), 0) for _, s in both), default=0),
+    sum(s.hung for _, s in struck),
+    f"{max(s.leaving or 0.0 for _, s in struck):.1f}",
+    max(again.get(id(s), 0) for _, s in struck),
   ]
-  return f"| {' | '.join(map(str, cells))} |"
 
 
 def _lost(outcome) -> Iterator[tuple[Start, int]]:

@@ -71,6 +71,8 @@ class _Strike:
     self.note(struck=kind, step=self.step)
     if kind in ("SIGTERM", "SIGINT", "SIGKILL"):
       os.kill(os.getpid(), getattr(signal, kind))
+      if fault["moment"] == "input":  # The loop waits for what is slow just then.
+        time.sleep(A_WHILE)
     elif kind == "freeze":
       os.kill(os.getpid(), signal.SIGSTOP)
     elif kind == "NaN":

@@ -102,7 +102,8 @@ def test_a_fault_strikes_at_its_moment(config, tmp_path):
 
 
 def start(fault=None, codes=(0,), **said):
-  rest = dict(processes=len(codes), devices=1, seconds=1.0, started=0, struck=fault is not None, at=4, leaving=0.5)
+  rest = dict(processes=len(codes), devices=1, seconds=1.0, started=0, struck=fault is not None, at=4, time=7.0)
+  rest |= dict(leaving=0.5)
   fault = fault and faults.Fault(fault, "step", 4, 0.0, (0,))
   return harness.Start(fault=fault, codes=codes, **rest | said)
 
@@ -122,8 +123,9 @@ def test_the_table_counts_what_was_recovered_and_what_was_lost():
     run=run, starts=starts, finished=True, differences=differences, compared=10
   )
   found = harness.summary([outcome(0, whole), outcome(1, bare, "params/a")]).splitlines()
-  assert found[2] == "| SIGKILL | step 2 | 2 | 1 | 1 | 0 | -9 | 0.5 | 4 |"
-  assert found[3] == "| flip | step 1 | 1 | 1 | 0 | 0 | -9 | 0.5 | 4 |"
+  assert found[0].startswith("| fault | step | in all | recovered | differences | hangs |")
+  assert found[2] == "| SIGKILL | 2 | 2 | 1 | 1 | 0 | 0.5 | 4 |"
+  assert found[3] == "| flip | 1 | 1 | 1 | 0 | 0 | 0.5 | 4 |"
   assert found[-1] == (
     "3 faults in 2 runs of 5 starts (processes x devices: 1 x 1): 2 recovered, 1 differences in 20 numbers, 0 hangs, "
     "0 crashes"
