@@ -42,6 +42,15 @@ def settle() -> None:
     file.settle()
 
 
+def unsettled() -> str | None:
+  """Returns why that can't be at the moment; None if it was done, and a checkpoint may follow."""
+  try:
+    settle()
+  except OSError as e:
+    return os.strerror(e.errno) if e.errno else str(e)
+  return None
+
+
 class Patience:
   """Says once that a file can't be written, and when to try again."""
 

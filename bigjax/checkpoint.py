@@ -157,7 +157,9 @@ class Checkpoints:
   def _attempt(self, step, state, loop, metric, insist):
     if insist and self._saving is not None:
       self._saving.ended()
-    decision = hosts.agreed(self._decide(step, insist) if jax.process_index() == 0 else None)
+    # All or none begin: what Orbax does on one process may wait for what it does on another.
+    unsettled = [reason for reason in hosts.gathered(appended.unsettled()) if reason]
+    decision = hosts.agreed(self._decide(step, insist, unsettled) if jax.process_index() == 0 else None)
     if "directory" in decision or "failure" in decision:
       self._settle()
     if "failure" in decision:
@@ -178,8 +180,8 @@ class Checkpoints:
       keep=dataclasses.asdict(self._keep),
     )
 
-  def _decide(self, step, insist):
-    """Process 0 says where a checkpoint is written, or that none is and why."""
+  def _decide(self, step, insist, unsettled):
+    """Process 0 says where a checkpoint is written, or that none is and why; `unsettled` are reasons against it."""
     if self._saving is not None:
       if not self._saving.ended(PATIENCE):
         self._note(
@@ -196,6 +198,8 @@ class Checkpoints:
       alone = jax.process_count() == 1
       if self._failures and alone and not insist and time.monotonic() < self._next_try:
         return {}
+      if unsettled:
+        return {"failure": unsettled[0]}
       return {"directory": str(commits.begin(self._root, step, secrets.token_hex(4)))}
     except OSError as e:
       return {"failure": said(e)}

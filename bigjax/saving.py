@@ -19,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from bigjax import appended, commits, digests, hosts
+from bigjax import commits, digests, hosts
 
 CHUNK = 64 * 2**20  # Bytes of a leaf that are read as one: else a device reads all that another one has written.
 LIMIT = 1200  # Seconds that a process may take to write its part, and then process 0 for all of them.
@@ -52,7 +52,6 @@ class Save:
     self._handler = ocp.PyTreeCheckpointHandler()
     self._failure: str | None = None
     try:
-      appended.settle()  # No checkpoint is ahead of what belongs to its steps.
       self._parts = _in_a_loop(lambda: self._handler.async_save(directory / commits.STATE, args=_how(tree)))
     except Exception as e:  # Whatever it is, this process's part is not there, and the others have to know.
       self._parts, self._failure = [], said(e)
