@@ -26,9 +26,9 @@ test:  ## the test suite
 	@sh scripts/bootstrap.sh examples dev
 	@$(pytest) -m "not slow" $(ARGS)
 
-test-all:  ## the test suite with the slow tests
+test-all:  ## the test suite with the slow tests, programs compiled as for users
 	@sh scripts/bootstrap.sh examples dev
-	@$(pytest) $(ARGS)
+	@XLA_FLAGS="$$XLA_FLAGS" $(pytest) $(ARGS)
 
 plan:  ## hold configs to the budgets they state, on TPUs that need not be there (CONFIGS="configs/NAME.py ...")
 	@sh scripts/bootstrap.sh examples plan

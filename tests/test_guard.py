@@ -128,7 +128,9 @@ def test_skip_leaves_out_the_update_and_nothing_else_moves(tmp_path, poison):
   assert sorted(os.listdir(tmp_path / "bundles")) == ["00000007", "00000009"]
 
 
-@pytest.mark.parametrize("stop_at", [6, 7, 8])
+@pytest.mark.parametrize(
+  "stop_at", [pytest.param(6, marks=pytest.mark.slow), 7, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_skip_goes_on_to_the_bit(tmp_path, poison, monkeypatch, stop_at):
   poison(6)
   config = tiny(guard="skip")

@@ -131,7 +131,9 @@ def assert_same_rows(a, b):
     (2, 4, []),
     pytest.param(4, 2, [], marks=pytest.mark.slow),
     # Two processes then feed the same half of the batch, and hold different halves of the kernels.
-    (4, 1, ["--config.mesh=[('data', 2), ('tensor', 2)]", "--config.sharding=fsdp(tensor,8)"]),
+    pytest.param(
+      4, 1, ["--config.mesh=[('data', 2), ('tensor', 2)]", "--config.sharding=fsdp(tensor,8)"], marks=pytest.mark.slow
+    ),
   ],
 )
 def test_several_processes_compute_what_one_does_and_write_it_once(config, alone, tmp_path, count, devices, flags):

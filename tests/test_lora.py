@@ -79,7 +79,7 @@ def test_fresh_adapters_change_nothing(text):
 @pytest.mark.parametrize(
   "model",
   [
-    {},
+    pytest.param({}, marks=pytest.mark.slow),
     pytest.param(dict(scan=True), marks=pytest.mark.slow),
     pytest.param(dict(scan=True, remat="full"), marks=pytest.mark.slow),
     dict(experts=2, expert_dim=16),

@@ -153,7 +153,9 @@ def equations(jaxpr):
         yield from equations(inner)
 
 
-@pytest.mark.parametrize("word", ["mixed", "bfloat16", "bfloat16_kahan", "float16"])
+@pytest.mark.parametrize(
+  "word", ["mixed", *[pytest.param(w, marks=pytest.mark.slow) for w in ("bfloat16", "bfloat16_kahan", "float16")]]
+)
 def test_the_loss_goes_down_as_in_float32(word):
   expected = [m["loss"] for m in trained(built(), 8)[0]]
   losses = [m["loss"] for m in trained(built(precision=word), 8)[0]]

@@ -146,7 +146,7 @@ def test_training_stays_close_to_what_it_is_without(word):
   ("mesh", "rule"),
   [
     pytest.param([("data", 8)], "fsdp", marks=pytest.mark.slow),
-    ([("data", 4), ("tensor", 2)], "fsdp+tensor"),
+    pytest.param([("data", 4), ("tensor", 2)], "fsdp+tensor", marks=pytest.mark.slow),
     pytest.param([("tensor", 8)], "tensor", marks=pytest.mark.slow),
   ],
 )

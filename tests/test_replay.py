@@ -137,6 +137,7 @@ def test_an_image_that_is_not_finite_is_named_as_what_came_in(tmp_path, faulty):
   assert bundle["batch"]["ids"][5] == int(experiment.order(tiny()).examples(np.array([16 * 6 + 5]))[1][0])
 
 
+@pytest.mark.slow
 def test_layers_of_a_scanned_and_recomputed_model_are_named(tmp_path, faulty):
   faulty(np.inf)
   vit = dict(name="vit", image_size=4, channels=1, num_classes=3, patch_size=2, width=16, depth=3, heads=2, mlp_dim=32)

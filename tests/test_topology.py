@@ -104,6 +104,7 @@ def test_what_looks_at_whole_leaves_or_asks_for_another_gradient_is_the_same_too
   assert one == trained(MLP, 8, "fsdp", **changes)
 
 
+@pytest.mark.slow
 def test_mixed_precision_is_the_same_too():
   assert trained(GPT, 1, precision="mixed") == trained(GPT, 8, "fsdp", precision="mixed")
 

@@ -395,6 +395,7 @@ def test_a_mixture_of_sources_is_a_source(tmp_path):
   assert record.read_run(str(tmp_path))["examples"] == 80
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_layers_in_another_form_on_another_mesh(tmp_path):
   vit = dict(name="vit", image_size=4, channels=1, num_classes=3, patch_size=2, width=16, depth=2, heads=2, mlp_dim=32)
   unbroken, broken = str(tmp_path / "unbroken"), str(tmp_path / "broken")

@@ -82,6 +82,7 @@ def test_a_model_of_one_line_writes_it(workdir, capsys):
   assert shown == LINE[:23] + "\n"
 
 
+@pytest.mark.slow
 def test_a_tuned_run_writes_what_it_was_tuned_on_and_so_do_its_published_weights(tuned, capsys):
   flags = ["--temperature=0", "--max_tokens=8"]
   one, other = (f"--prompt={line[12:]}the " for line in (LINE, OTHER))

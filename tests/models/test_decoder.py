@@ -265,7 +265,9 @@ def test_experts_penalties_are_sums_over_tokens_and_padding_adds_nothing():
   assert built("llama")[0] and loss_and_gradient(*built("llama"))[0][1][0] == {}
 
 
-@pytest.mark.parametrize(("name", "scan"), [("deepseek", False), ("every other", True)])
+@pytest.mark.parametrize(
+  ("name", "scan"), [("deepseek", False), pytest.param("every other", True, marks=pytest.mark.slow)]
+)
 def test_training_counts_the_load_and_settling_moves_the_bias(name, scan):
   graphdef, params, rest = built(name, scan=scan)
   (_, (_, kept)), _ = loss_and_gradient(graphdef, params, rest)
@@ -296,7 +298,7 @@ MESHES = {
   [
     ("llama", "tensor 2"),
     ("gemma2", "pipe 2 data 2"),
-    ("gemma2", "data 2 seq 2 tensor 2"),
+    pytest.param("gemma2", "data 2 seq 2 tensor 2", marks=pytest.mark.slow),
     pytest.param("deepseek", "data 2 expert 2 tensor 2", marks=pytest.mark.slow),
     pytest.param("every other", "pipe 2 data 2", marks=pytest.mark.slow),
   ],

@@ -51,7 +51,12 @@ MODELS = {
   "decoder": (decoder.make, LM | dict(mlp_dim=24, kv_heads=1, window=3, pattern="LG", scan=True), TOKENS, (4, 6, 11)),
   "bert": (bert.make, LM | dict(mlp_dim=24), TOKENS, (4, 6, 11)),
 }
-DROPPING = [name for name, (_, arguments, *_) in MODELS.items() if "dropout" in arguments]
+HEAVY = ("bert", "decoder")  # They drop through the same functions as vit and gpt.
+DROPPING = [
+  pytest.param(name, marks=[pytest.mark.slow] * (name in HEAVY))
+  for name, (_, arguments, *_) in MODELS.items()
+  if "dropout" in arguments
+]
 
 
 @functools.cache

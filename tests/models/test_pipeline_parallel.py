@@ -208,7 +208,8 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-  ("microbatches", "repeats"), [(4, 1), pytest.param(8, 1, marks=SLOW), (4, 2), pytest.param(8, 2, marks=SLOW)]
+  ("microbatches", "repeats"),
+  [pytest.param(4, 1, marks=SLOW), pytest.param(8, 1, marks=SLOW), (4, 2), pytest.param(8, 2, marks=SLOW)],
 )
 def test_weights_stay_where_they_are_and_activations_go_to_the_next_stage_only(microbatches, repeats):
   text = compiled(layout(microbatches, repeats, pipe=4))

@@ -156,7 +156,9 @@ class Embedded:
     return self.unembed(self.hidden(tokens)[0])
 
 
-@pytest.mark.parametrize("chunks", [2, 5, 10])
+@pytest.mark.parametrize(
+  "chunks", [pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(10, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("options", [{}, {"z_loss": 1e-2, "label_smoothing": 0.1}])
 def test_a_loss_in_chunks_is_the_whole_one_with_its_gradient(chunks, options):
   batch = example_batch(time=10) | {"token_mask": RNG.integers(0, 2, (6, 11)).astype(np.float32)}

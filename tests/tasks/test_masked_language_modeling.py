@@ -153,6 +153,7 @@ def folder(tmp_path_factory):
 ENCODER = dict(vocab_size=17, context=21, width=32, depth=1, heads=2, mlp_dim=64)
 
 
+@pytest.mark.slow
 def test_a_small_bert_learns_to_fill_in(folder):
   source = tokens.make(f"{folder}/store", block=20, documents="packed")
   (op,) = ops.parse(f"mask_tokens({folder!r}, 0.2)")
