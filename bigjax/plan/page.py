@@ -169,7 +169,7 @@ def _list(pairs):
 
 
 def _table(head, rows, right=()):
-  cls = lambda i: "num" if i in right else None
+  cls = lambda i: "num" if i in right else "whole" if i == 0 else None
   body = [element("tr", [element("td", value, cls=cls(i)) for i, value in enumerate(row)]) for row in rows]
   top = element("thead", element("tr", [element("th", name, cls=cls(i)) for i, name in enumerate(head)]))
   return element("div", element("table", top, element("tbody", body), cls="wide"), cls="scroll")
