@@ -1,6 +1,7 @@
 """A checkpoint that is not what was written is never read; a disk that fails costs no more than it must."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -305,6 +306,28 @@ def test_while_the_disk_is_full_nothing_is_lost_and_afterwards_checkpoints_are_w
     assert notes[2:] == ["Checkpoints are written again: there is that of step 60."]
   assert restored_step(workdir, []) == 60
   assert len(list((workdir / "checkpoints").iterdir())) == 4
+
+
+def test_no_checkpoint_is_begun_before_what_belongs_to_its_steps_is_on_the_disk(workdir, monkeypatch):
+  monkeypatch.setattr(checkpoint, "BACK_OFF", (0, 0))
+
+  class Rows:
+    full = True
+
+    def settle(self):
+      if self.full:
+        raise OSError(errno.ENOSPC, "metrics.jsonl: No space left on device")
+
+  rows = Rows()
+  with opened(workdir, notes := []) as checkpoints:
+    appended.enrol(rows)
+    checkpoints.save(40, state_of(40), {"remembered": 40})
+    assert checkpoints.owed() and checkpoints.steps(coming=True) == [10, 20, 30]
+    assert "step 40 could not be written: No space left" in notes[0]
+    rows.full = False
+    checkpoints.save(41, state_of(41), {"remembered": 41})
+  assert restored_step(workdir, []) == 41
+  appended.leave(rows)
 
 
 def test_after_a_failure_it_is_tried_less_and_less_often(workdir, monkeypatch):
