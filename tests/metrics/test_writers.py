@@ -281,6 +281,39 @@ def test_tensorboard_errors_reach_the_loop(tmp_path):
     writers.close()
 
 
+def test_tensorboard_s_rows_wait_for_room_and_go_to_another_file_then(tmp_path, monkeypatch):
+  monkeypatch.setattr(appended, "BACK_OFF", (0, 0))
+  full, files, refused = threading.Event(), [], threading.Event()
+
+  class File:
+    def __init__(self):
+      self.rows = []
+      files.append(self.rows)
+
+    def write_scalars(self, step, values):
+      if full.is_set():
+        refused.set()
+        raise RuntimeError("No space left on device")  # TensorFlow's own are no OSErrors.
+      self.rows.append((step, values["loss"]))
+
+    def flush(self):
+      pass
+
+    close = flush
+
+  monkeypatch.setattr("bigjax.metrics.writers._TensorBoard._open", lambda self: File())
+  with Writers(tmp_path, ("tensorboard",)) as writers:
+    writers.write(1, {"loss": 1.0})
+    while not files or not files[0]:
+      time.sleep(0.01)
+    full.set()
+    writers.write(2, {"loss": 2.0})
+    assert refused.wait(30)
+    full.clear()
+    writers.write(3, {"loss": 3.0})
+  assert files[-1] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
 def test_a_run_that_writes_nothing_starts_no_thread(tmp_path):
   before = threading.active_count()
   with Writers(tmp_path):
