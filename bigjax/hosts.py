@@ -34,6 +34,7 @@ from bigjax.peers import Peers, call_roll, find, is_loopback, metadata, on_tpu_v
 
 SILENCE = 60  # Seconds without a sign of life after which a peer counts as lost; --peer_timeout if that is less.
 GRACE = 10  # Seconds that a failed process has to tidy up in.
+FAREWELL = 15  # Seconds that leaving may take once all is done.
 POLL = 1.0  # Seconds between two looks at the peers.
 
 connected = False  # Whether JAX's service can be asked: it aborts a process that asks while it comes up.
@@ -301,6 +302,17 @@ def _say_who_is_gone(peers, host):
   global _aborted
   _aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)  # Kept alive for as long as the process is.
   ctypes.CDLL(None).signal(int(signal.SIGABRT), _aborted)
+
+
+def goodbye(code: int) -> None:
+  """Has this process leave with `code` also when a peer dies on its way out, for which JAX would wait minutes.
+
+  To be called when all is done, here and there.
+  """
+  if _store() is not None:
+    timer = threading.Timer(FAREWELL, _leave, [code])
+    timer.daemon = True
+    timer.start()
 
 
 def end(code: int, reason: str) -> NoReturn:

@@ -83,6 +83,7 @@ class Start:
     if not self.struck:
       return any(self.codes)
     mine, theirs = ENDINGS.get(self.fault.kind, KILLED)
+    theirs = theirs | {0} if self.fault.moment == "end" else theirs  # All was done.
     allowed = [mine if i in self.fault.processes else theirs for i in range(self.processes)]
     return any(code is not None and code not in each for code, each in zip(self.codes, allowed, strict=True))
 
@@ -125,7 +126,7 @@ class Harness:
   out: str  # Folder for all of it.
   places: Sequence[tuple[int, int]]  # Processes and devices of each, taken in turn.
   limit: float  # Seconds after which a start counts as hung.
-  peer_timeout: float = 20
+  peer_timeout: float = 20.0
   tolerance: float = 0.0  # Relative, of the last states: above 0 where places differ and the arithmetic with them.
   say: Callable[[str], None] = print
 

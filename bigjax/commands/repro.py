@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
   before = record.read_run(args.workdir)
 
   train_command.use_cache(args.compile_cache)
-  from bigjax import experiment, train
+  from bigjax import experiment, hosts, train
 
   resolved = configs.resolve(configs.read(os.path.join(args.workdir, "config.json")), experiment.TrainConfig)
   if configs.describe(resolved) != described:
@@ -40,8 +40,9 @@ def main(argv: list[str]) -> int:
     for line in changes(before) if primary else ():
       print(f"note: {line}")
     code = train_command.after(into, train.train(resolved, into, stop))
-    different = verdict(args.workdir, into) if primary else 0
-    return code or different
+    code = code or (verdict(args.workdir, into) if primary else 0)
+  hosts.goodbye(code)
+  return code
 
 
 def changes(before) -> list[str]:

@@ -36,12 +36,13 @@ def main(argv: list[str]) -> int:
 
   use_cache(args.compile_cache)
   with Stops(hours=args.max_hours, ends=True) as stop:
-    from bigjax import experiment, train
+    from bigjax import experiment, hosts, train
 
     resolved = configs.resolve(config, experiment.TrainConfig)
     with workdirs.opened(args.workdir) as workdir, together(args, resolved, workdir):
-      status = train.train(resolved, workdir, stop)
-      return after(workdir, status)
+      code = after(workdir, train.train(resolved, workdir, stop))
+  hosts.goodbye(code)
+  return code
 
 
 def together(args, resolved, workdir: str):

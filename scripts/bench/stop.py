@@ -40,7 +40,7 @@ def main(argv):
   # An evaluation and a checkpoint soon come in every start, and the run does not end before all is met.
   short = ["--config.total_steps=100000", "--config.evals.test.every=20", "--config.checkpoint_every=15"]
   run = harness.Harness(
-    config=args.config, overrides=[*short, "--compile_cache=none", *overrides], out=out, places=[(1, 1)], limit=300
+    config=args.config, overrides=[*short, "--compile_cache=none", *overrides], out=out, places=[(1, 1)], limit=300.0
   )
   workdir, number = os.path.join(out, "run"), 0
   first = faults.Fault("SIGTERM", "step", 20, 0.0, (0,))  # So that there is something to restore.

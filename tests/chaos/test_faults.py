@@ -161,11 +161,19 @@ def test_a_run_recovers_from_every_kind_of_fault(config, tmp_path, processes):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_who_is_killed_on_the_way_out_holds_nobody_up(config, tmp_path, killed):
+  run = harness.Harness(config=config, overrides=[], out=str(tmp_path), places=[(2, 1)], limit=100.0)
+  start = run.start(str(tmp_path / "run"), 0, faults.Fault("SIGKILL", "end", 1, 0.0, (killed,)), (2, 1))
+  assert start.codes[killed] == -signal.SIGKILL and start.codes[1 - killed] in (0, 76) and start.leaving < 40
+
+
+@pytest.mark.slow
 def test_a_changed_number_is_found(config, tmp_path):
-  run = harness.Harness(config=config, overrides=[], out=str(tmp_path), places=[(1, 1)], limit=120)
+  run = harness.Harness(config=config, overrides=[], out=str(tmp_path), places=[(1, 1)], limit=120.0)
   first = run.undisturbed()
   other = harness.Harness(
-    config=config, overrides=["--config.seed=4"], out=str(tmp_path / "b"), places=[(1, 1)], limit=120
+    config=config, overrides=["--config.seed=4"], out=str(tmp_path / "b"), places=[(1, 1)], limit=120.0
   )
   differences, compared = run.compare(first, other.undisturbed())
   assert compared > 100 and any("params" in d for d in differences)
