@@ -1,7 +1,7 @@
 """Every test sees eight CPU devices and checked array shapes, and reuses what an earlier run compiled.
 
-The compiler is told not to try hard, since a third of the tests' time was its own. What programs compute is the same but
-for rounding; where XLA_FLAGS is set, and be it to nothing, as in `make test-all`, they are compiled as for users.
+The compiler is told not to try hard, since a third of the tests' time was its own. What programs compute is the same
+but for rounding; where XLA_FLAGS is set, and be it to nothing, as in `make test-all`, they are compiled as for users.
 """
 
 import os
