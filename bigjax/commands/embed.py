@@ -7,7 +7,7 @@ import json
 
 from bigjax import config as configs
 from bigjax.commands.train import default_cache, use_cache
-from bigjax.errors import UserError
+from bigjax.infer import given
 
 
 def main(argv: list[str]) -> int:
@@ -20,16 +20,7 @@ def main(argv: list[str]) -> int:
   add("--json", action="store_true", help="a line of JSON for each text, with its vector of length 1")
   add("--compile_cache", default=default_cache(), metavar="DIR", help="'none' for none")
   args, overrides = parser.parse_known_args(argv)
-  texts = list(args.text)
-  if args.texts is not None:
-    try:
-      with open(args.texts, encoding="utf-8") as f:
-        texts += f.read().splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-      raise UserError(f"--texts={args.texts} can't be read: {e}.") from e
-  if not texts:
-    raise UserError("there is no text; give --text or --texts.")
-
+  texts = given.texts(args.text, args.texts, "text")
   use_cache(args.compile_cache)
   from bigjax.data import tokenizers
   from bigjax.infer.embed import Embedder

@@ -12,6 +12,7 @@ from bigjax import config as configs
 from bigjax import record, workdirs
 from bigjax.commands.train import default_cache, use_cache
 from bigjax.errors import UserError
+from bigjax.infer import given
 
 
 def main(argv: list[str]) -> int:
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     raise UserError(f"--samples: {args.samples} is no number of answers; give 1 or more.")
   if args.system is not None and args.template is None:
     raise UserError("--system is part of a conversation; say with --template how the model reads one.")
-  prompts = [prompt for prompt in _prompts(args) for _ in range(args.samples)]
+  prompts = [prompt for prompt in given.texts(args.prompt, args.prompts, "prompt") for _ in range(args.samples)]
 
   use_cache(args.compile_cache)
   from bigjax.infer.sampling import Sampling
@@ -62,19 +63,6 @@ def main(argv: list[str]) -> int:
   writer = _of_run(args, overrides) if args.workdir else _of_weights(args, overrides)
   _show(writer.stream(prompts, **how), prompts, args)
   return 0
-
-
-def _prompts(args):
-  found = list(args.prompt)
-  if args.prompts is not None:
-    try:
-      with open(args.prompts, encoding="utf-8") as f:
-        found += f.read().splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-      raise UserError(f"--prompts={args.prompts} can't be read: {e}.") from e
-  if not found:
-    raise UserError("there is no prompt; give --prompt or --prompts.")
-  return found
 
 
 def _of_run(args, overrides):
