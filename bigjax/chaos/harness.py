@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from bigjax import config as configs
-from bigjax import experiment, ledger, metrics
+from bigjax import experiment, ledger, metrics, record
 from bigjax.chaos import faults
 from bigjax.chaos.faults import Fault
 from bigjax.checkpoint import Checkpoints
@@ -128,6 +128,7 @@ class Harness:
   limit: float  # Seconds after which a start counts as hung.
   peer_timeout: float = 20.0
   tolerance: float = 0.0  # Relative, of the last states: above 0 where places differ and the arithmetic with them.
+  eval_tolerance: float = 0.0  # Of what is measured in evaluations, whose sums determinism='topology' leaves alone.
   say: Callable[[str], None] = print
 
   def undisturbed(self) -> str:
@@ -177,12 +178,12 @@ class Harness:
     found = [f"{n}: only in one of them" for n in sorted(old.keys() ^ new.keys())]
     found += [n for n in old.keys() & new.keys() if not self._same(old[n], new[n])]
     found += [f"the last step: {step} -> {other[0]}"] if step != other[0] else []
-    if self.tolerance:
-      rows, count = _rows_close(reference, workdir, self.tolerance)
+    if self.tolerance or self.eval_tolerance:
+      rows, count = _rows_close(reference, workdir, 100 * self.tolerance, self.eval_tolerance)
     else:
       rows, count = repro.compare(reference, workdir)
-      found += [f"beside the state: {beside} -> {other[1]}"] if beside != other[1] else []
       found += [] if rows else _files_same(reference, workdir)
+    found += [f"beside the state: {beside} -> {other[1]}"] if beside != other[1] and not self.tolerance else []
     fed, records = _fed(reference, workdir)
     return found + rows + fed, count + records + sum(x.size for x in old.values())
 
@@ -428,13 +429,24 @@ def _sums(history, step):
   return attempt.sums[np.searchsorted(attempt.steps, step)].tolist()
 
 
-def _rows_close(a, b, tolerance):
+def _rows_close(a, b, tolerance, eval_tolerance):
   old, new = ({(r["step"], k): v for r in metrics.read_rows(w) for k, v in r.items()} for w in (a, b))
-  keys = [k for k in old if k[1].rpartition("/")[2] not in repro.TIMINGS]
-  far = lambda x, y: isinstance(x, float) and abs(x - y) > 100 * tolerance * max(abs(x), 1e-3)
+  names = tuple(f"{name}/" for name in record.read_config(a)["evals"])
+  allowed = lambda key: max(tolerance, eval_tolerance if names and key.startswith(names) else 0.0)
+  keys = [k for k in old.keys() | new.keys() if k[1].rpartition("/")[2] not in repro.TIMINGS]
   return [
-    f"step {s} {k}: {old[s, k]} -> {new.get((s, k))}" for s, k in keys if (s, k) not in new or far(old[s, k], new[s, k])
+    f"step {s} {k}: {old.get((s, k))} -> {new.get((s, k))}"
+    for s, k in sorted(keys)
+    if not _close(old.get((s, k)), new.get((s, k)), allowed(k))
   ], len(keys)
+
+
+def _close(x, y, tolerance):
+  if repr(x) == repr(y):
+    return True
+  if isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
+    return all(_close(a, b, tolerance) for a, b in zip(x, y))
+  return isinstance(x, float) and isinstance(y, float) and abs(x - y) <= tolerance * max(abs(x), 1e-3)
 
 
 def _free_port():
