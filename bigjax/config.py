@@ -26,7 +26,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from bigjax.errors import UserError, suggest
+from bigjax.errors import UserError, shown, suggest
 
 # Arguments that the program passes itself, which a config therefore can't.
 GIVEN = {
@@ -96,7 +96,7 @@ def read(spec: str, overrides: Sequence[str] = ()):
     try:
       with open(file, encoding="utf-8") as f:
         config = json.load(f)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
       raise UserError(f"--config={file} can't be read: {e}") from e
   else:
     config = _get_config(file, arg)
@@ -155,11 +155,15 @@ def override(config: Any, overrides: Sequence[str]):
       "config", config, flag_values=values, sys_argv=argv, lock_config=False, accept_new_attributes=True
     )
     rest = values(argv)[1:]
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError) as e:
+  except (
+    *(flags.Error, AttributeError, LookupError, TypeError, ValueError),
+    *(SyntaxError, RecursionError, MemoryError),  # The parser's stack has an end.
+  ) as e:
     said = " ".join(str(e.args[0] if e.args else e).split())  # A KeyError's own text is quoted once more.
-    raise UserError(f"{' '.join(overrides)}: {said}") from e
+    given = " ".join(o if len(o) <= 200 else f"{o[:200]}..." for o in overrides)
+    raise UserError(f"{given}: {said[:300]}") from e
   if rest:
-    raise UserError(f"Unexpected argument {rest[0]!r}; overrides look like --config.batch_size=64.")
+    raise UserError(f"Unexpected argument {shown(rest[0])}; overrides look like --config.batch_size=64.")
   return config
 
 
@@ -186,14 +190,15 @@ def parse_arg(arg: str | None, **defaults):
     if not equals and key not in defaults:
       key, text = next(iter(defaults), ""), key
     if key not in defaults:
-      raise UserError(f"--config=...:{arg}: {key!r} is not an argument of this config.{suggest(key, defaults)}")
+      near = suggest(key[:80], defaults)
+      raise UserError(f"--config=...:{arg[:80]}: {shown(key)} is not an argument of this config.{near}")
     default = defaults[key]
     if isinstance(default, str):
       values[key] = text
       continue
     try:
       values[key] = ast.literal_eval(text.capitalize() if text in ("true", "false") else text or "True")
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):  # The parser's stack has an end.
       values[key] = text
     values[key] = check(values[key], type(default) if default is not None else Any, f"--config=...:{key}")
   return types.SimpleNamespace(**values)
@@ -333,7 +338,7 @@ def check(value: Any, hint: Any, where: str) -> Any:
     return _check_union(value, args, hint, where)
   if origin is Literal:
     if value not in args or (isinstance(value, bool) != any(isinstance(a, bool) for a in args if a == value)):
-      raise UserError(f"{where} must be one of {', '.join(map(repr, args))}, not {value!r}.")
+      raise UserError(f"{where} must be one of {', '.join(map(repr, args))}, not {shown(value, 300)}.")
     return value
   if dataclasses.is_dataclass(hint):
     return resolve(value, hint, where)
@@ -341,14 +346,14 @@ def check(value: Any, hint: Any, where: str) -> Any:
     return _check_tuple(value, args, hint, where)
   if origin in (dict, collections.abc.Mapping):
     if not isinstance(value, Mapping):
-      raise UserError(f"{where} must be a dict, not {value!r}.")
+      raise UserError(f"{where} must be a dict, not {shown(value, 300)}.")
     return types.MappingProxyType({k: check(v, args[1], f"{where}.{k}") for k, v in value.items()})
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+  if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
     return float(value)
   if hint in (int, float, str, bool, tuple, type(None), None):
     hint = type(None) if hint is None else hint
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-      raise UserError(f"{where} must be {_name(hint)}, not {value!r}.")
+      raise UserError(f"{where} must be {_name(hint)}, not {shown(value, 300)}.")
   return _frozen(value)
 
 
@@ -382,16 +387,16 @@ def _check_union(value, args, hint, where):
   others = [a for a in args if a is not type(None)]
   if len(others) == 1 or (structured and hasattr(value, "items")):
     raise next((e for e in errors if not str(e).startswith(f"{where} must be")), errors[0])
-  raise UserError(f"{where} must be {_name(hint)}, not {value!r}.")
+  raise UserError(f"{where} must be {_name(hint)}, not {shown(value, 300)}.")
 
 
 def _check_tuple(value, args, hint, where):
   if not isinstance(value, tuple):
-    raise UserError(f"{where} must be a list ({_name(hint)}), not {value!r}.")
+    raise UserError(f"{where} must be a list ({_name(hint)}), not {shown(value, 300)}.")
   if len(args) == 2 and args[1] is Ellipsis:
     return tuple(check(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
   if len(value) != len(args):
-    raise UserError(f"{where} must have {len(args)} entries ({_name(hint)}), not {len(value)}: {value!r}.")
+    raise UserError(f"{where} must have {len(args)} entries ({_name(hint)}), not {len(value)}: {shown(value, 300)}.")
   return tuple(check(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
 
 

@@ -11,7 +11,7 @@
 import contextlib
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 STOPPED = 75  # "Try again later", as sysexits.h has it.
@@ -39,3 +39,21 @@ def shown(value: Any, most: int = 80) -> str:
   """Returns how a value is written, as far as that fits a line: what a file says may be of any length."""
   text = repr(value)
   return text if len(text) <= most else f"{text[:most]}..."
+
+
+def printable(text: str) -> str:
+  """Returns text that a terminal may be given: what would move its cursor or colour it is spelt out."""
+  return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+@contextlib.contextmanager
+def understood(where: str, remedy: str = "Fetch the file again.") -> Iterator[None]:
+  """What a file says may be of any type in any place; where that stops the reading of it, it is told by name."""
+  try:
+    yield
+  except UserError:
+    raise
+  except KeyError as e:
+    raise UserError(f"{where} does not say {shown(e.args[0] if e.args else None)}. {remedy}") from e
+  except (TypeError, ValueError, AttributeError, ArithmeticError, IndexError, RecursionError) as e:
+    raise UserError(f"{where} is damaged: {str(e)[:300]}. {remedy}") from e

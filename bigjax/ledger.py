@@ -20,6 +20,7 @@ import glob
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 
@@ -248,7 +249,8 @@ def _files(workdir) -> dict[int, list[str]]:
   """What each start left, by its number."""
   files: dict[int, list[str]] = {}
   for path in sorted(glob.glob(os.path.join(glob.escape(_folder(workdir)), "*.ledger"))):
-    files.setdefault(int(os.path.basename(path).partition("-")[0]), []).append(path)
+    if re.fullmatch(r"\d{5,}-\d{5,}\.ledger", os.path.basename(path)):
+      files.setdefault(int(os.path.basename(path).partition("-")[0]), []).append(path)
   return files
 
 
@@ -262,7 +264,11 @@ def _part(path):
     header = json.loads(line)
     if header.get("ledger") != VERSION:
       raise ValueError(f"it says version {header.get('ledger')!r}")
-  except (OSError, ValueError, AttributeError) as e:
+    numbers = [header[k] for k in ("after", "parts", "examples", "batch_size", "seed")]
+    numbers += [*header["part"], *(n for first, stop in header["skips"] for n in (first, stop))]
+    if not all(type(n) is int and abs(n) < 2**64 for n in numbers) or not 0 < header["parts"] < 2**20:
+      raise ValueError("its first line has other values than numbers")
+  except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as e:
     raise UserError(f"{path} can't be read as a ledger: {e}. Bring it back from a copy, or remove it.") from e
   records = np.frombuffer(data[: len(data) // RECORD.itemsize * RECORD.itemsize], RECORD)
   steps, sums = records["step"].astype(np.int64), np.ascontiguousarray(records["sums"])

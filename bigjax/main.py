@@ -10,7 +10,7 @@ import sys
 import traceback
 
 from bigjax import __version__, commands
-from bigjax.errors import UserError, suggest
+from bigjax.errors import UserError, printable, suggest
 
 COMMANDS = {
   "train": "train a config, or go on where its workdir stopped",
@@ -50,13 +50,13 @@ def main(argv: list[str] | None = None) -> int:
   except UserError as e:
     if os.environ.get("BIGJAX_TRACEBACK"):
       traceback.print_exc()
-    print(f"bigjax {argv[0]}: {e}", file=sys.stderr)
+    print(printable(f"bigjax {argv[0]}: {e}"), file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print(f"bigjax {argv[0]}: interrupted", file=sys.stderr)
     return 130
   except (FloatingPointError, OSError) as e:
-    print(f"bigjax {argv[0]}: {e}", file=sys.stderr)
+    print(printable(f"bigjax {argv[0]}: {e}"), file=sys.stderr)
     return 1
 
 

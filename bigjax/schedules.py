@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import jax.numpy as jnp
 import optax
 
-from bigjax.errors import UserError
+from bigjax.errors import UserError, shown
 
 Duration = Annotated[int | float | str, "duration"]
 Schedule = Callable[[Any], Any]  # From the step, an integer (array), to the learning rate, float32.
@@ -43,7 +43,7 @@ def parse_duration(value: int | float | str, where: str = "duration") -> tuple[f
   except ValueError:
     number = math.nan
   if not math.isfinite(number) or number < 0:
-    raise UserError(f"{where}: {value!r} is not a duration; {_FORMS}.")
+    raise UserError(f"{where}: {shown(value)} is not a duration; {_FORMS}.")
   if unit == "steps" and number != int(number):
     raise UserError(f"{where}: {value!r} is not a whole number of steps; a part of the run is '{number:.0%}'.")
   return number, unit

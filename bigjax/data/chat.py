@@ -102,7 +102,7 @@ def make(
     known.check_model(vocab_size, "vocab_size")
   found = [line for one in ((path,) if isinstance(path, str) else path) for line in _lines(one)]
   if not found:
-    raise UserError(f"path={path!r} holds no conversation.")
+    raise UserError(f"path: {path!r} holds no conversation.")
   subset = splits.parse(split, {"train": len(found)}, split_seed)[1]
   chosen = np.arange(len(found))[subset.rows()]
   tokens, learned, lengths, dropped, answered = [], [], [], 0, 0
@@ -195,12 +195,12 @@ def _lines(path: str) -> Iterator[tuple[str, Any]]:
   file = pathlib.Path(path).expanduser()
   if not file.is_file():
     raise UserError(f"path: there is no file {path!r}.")
-  with open(file, encoding="utf-8") as lines:
+  with open(file, "rb") as lines:
     for number, line in enumerate(lines, 1):
       if line.strip():
         try:
           yield f"path: {path!r}, line {number}", json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
           raise UserError(f"path: {path!r}, line {number}, is no JSON: {e}") from e
 
 

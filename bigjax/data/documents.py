@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bigjax.errors import UserError, suggest
+from bigjax.data import formats
+from bigjax.errors import UserError, shown, suggest
 
 Boundary = Literal["file", "paragraph", "line"]
 
@@ -145,7 +146,7 @@ class Inputs:
       if line.strip():
         try:
           record = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
           raise UserError(f"{piece.path!r}, the line at byte {place:,}, is no JSON: {e}") from e
         if not isinstance(record, dict) or not isinstance(record.get(self.field), str):
           raise UserError(f"{piece.path!r}, the line at byte {place:,}: {self._no_field(record)}")
@@ -157,7 +158,8 @@ class Inputs:
       return f"it is {type(record).__name__}, not an object with a field {self.field!r}."
     if self.field in record:
       return f"the field {self.field!r} is {type(record[self.field]).__name__}, not text."
-    return f"there is no field {self.field!r}.{suggest(self.field, record)} Say which holds the text with field."
+    near = suggest(self.field, [name[:80] for name in record])
+    return f"there is no field {self.field!r}.{near} Say which holds the text with field."
 
   def _row_groups(self, path: str, size: int) -> Iterator[tuple[Slice, int]]:
     with self._parquet_file(path) as file:
@@ -180,18 +182,23 @@ class Inputs:
     import pyarrow.parquet
 
     try:
-      return pyarrow.parquet.ParquetFile(path)
+      return pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
     except (OSError, pyarrow.ArrowException) as e:
       raise UserError(f"{path!r} can't be read, it may be cut short: {e}") from e
 
   def _parquet(self, piece: Slice) -> Iterator[str]:
-    with self._parquet_file(piece.path) as file:
-      groups = list(range(piece.start, piece.stop))
-      for batch in file.iter_batches(1024, row_groups=groups, columns=[self.field]):
-        for text in batch.column(0).to_pylist():
-          if not isinstance(text, str):
-            raise UserError(f"{piece.path!r}: the column {self.field!r} holds {text!r}, not text: drop the row.")
-          yield text
+    import pyarrow
+
+    try:
+      with self._parquet_file(piece.path) as file:
+        groups = list(range(piece.start, piece.stop))
+        for batch in file.iter_batches(1024, row_groups=groups, columns=[self.field]):
+          for text in batch.column(0).to_pylist():
+            if not isinstance(text, str):
+              raise UserError(f"{piece.path!r}: the column {self.field!r} holds {shown(text)}, not text: drop the row.")
+            yield text
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as e:
+      raise UserError(f"{piece.path!r} can't be read, it may be damaged: {' '.join(str(e).split())}") from e
 
   def _source(self) -> Any:
     from bigjax.data import tfds
@@ -243,7 +250,12 @@ def _decompressed(path: str) -> bytes:
   import pyarrow
 
   try:
+    parts, size = [], 0
     with pyarrow.input_stream(path) as file:  # It knows the compression by the name.
-      return file.read()
+      while part := file.read(2**24):
+        parts.append(part)
+        size += len(part)
+        formats.check_fits(path, size)
+    return b"".join(parts)
   except (OSError, pyarrow.ArrowException) as e:
     raise UserError(f"{path!r} can't be read, it may be cut short: {e}") from e

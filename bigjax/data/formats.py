@@ -10,9 +10,11 @@ import dataclasses
 import functools
 import gzip
 import importlib.util
+import io
 import math
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bigjax.errors import UserError
+from bigjax.errors import UserError, shown
 
 Header = Literal["auto", "names", "counts", "none"]
 
@@ -91,23 +93,55 @@ def _told(path):
     yield
   except UnicodeDecodeError as e:
     raise UserError(f"path: {path!r} is no UTF-8 text at byte {e.start}: convert it.") from e
-  except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as e:
+  except MemoryError as e:
+    raise UserError(f"path: {path!r} would take more than the memory of this machine; it may be damaged.") from e
+  except (OSError, EOFError, zlib.error, zipfile.BadZipFile, csv.Error, NotImplementedError, RuntimeError) as e:
     raise UserError(f"path: {path!r} can't be read, it may be cut short: {e}") from e
+
+
+def memory() -> int:
+  """Returns the bytes of memory that this machine has."""
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_fits(path: str, size: int) -> None:
+  """Raises `UserError` for a file that says it holds more than the memory of this machine."""
+  if size > memory():
+    raise UserError(
+      f"path: {path!r} holds {size:,} bytes, more than the memory of this machine, {memory():,}; it may be damaged."
+    )
 
 
 def _opened(path, mode="rb", **kwargs):
   with open(path, "rb") as file:
     zipped = file.read(2) == b"\x1f\x8b"
-  return (gzip.open if zipped else open)(path, mode, **kwargs)
+  if not zipped:
+    return open(path, mode, **kwargs)
+  return io.TextIOWrapper(_Gzip(path), **kwargs) if "t" in mode else _Gzip(path)
+
+
+class _Gzip(gzip.GzipFile):
+  """Ends where more comes out than the machine holds: a thousandth of that is enough to say it."""
+
+  def read1(self, size=-1):
+    check_fits(self.name, self.tell())
+    return super().read1(size)
+
+
+# What NumPy raises where its headers, which are literals of Python, are none.
+_DAMAGE = (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, tokenize.TokenError)
 
 
 def _npz(path):
   try:
     with _told(path), open(path, "rb") as file, np.load(file) as arrays:
+      check_fits(path, sum(member.file_size for member in arrays.zip.infolist()))
       loaded = dict(arrays)
-  except ValueError as e:
+  except _DAMAGE as e:
     if isinstance(e, UserError):
       raise
+    if "pickle" not in str(e).lower():
+      raise UserError(f"path: {path!r} can't be read, it may be damaged: {e}") from e
     raise UserError(f"path: {path!r} holds pickled objects, which may run code: save plain arrays.") from e
   return File(path, tuple(loaded), lambda names: [loaded[name] for name in names])
 
@@ -122,7 +156,9 @@ def _npy(path):
           array = np.lib.format.read_array(file)
       else:
         array = np.load(path, mmap_mode="r")
-  except ValueError as e:
+  except _DAMAGE as e:
+    if isinstance(e, UserError):
+      raise
     raise UserError(f"path: {path!r} can't be read, it is cut short or holds pickled objects: {e}") from e
   name = os.path.basename(path).removesuffix(".gz").removesuffix(".npy")
   return File(path, (name,), lambda names: [array])
@@ -134,10 +170,13 @@ _IDX_TYPES = {b"\x08": "u1", b"\x09": "i1", b"\x0b": ">i2", b"\x0c": ">i4", b"\x
 def _idx(path):
   """http://yann.lecun.com/exdb/mnist, "the IDX file format": images get a channel, [n, height, width, 1]."""
   with _told(path), _opened(path) as file:
-    data = file.read()
-  rank = data[3]
-  shape = struct.unpack(f">{rank}I", data[4 : 4 + 4 * rank]) if len(data) >= 4 + 4 * rank else (0,)
-  dtype = np.dtype(_IDX_TYPES[data[2:3]])
+    data = file.read(4)
+    rank, dtype = data[3], np.dtype(_IDX_TYPES[data[2:3]])
+    data += file.read(4 * rank)
+    shape = struct.unpack(f">{rank}I", data[4:]) if len(data) == 4 + 4 * rank else (0,)
+    size = math.prod(shape) * dtype.itemsize
+    check_fits(path, size)
+    data += file.read(size + 1)
   if len(data) - 4 - 4 * rank != math.prod(shape) * dtype.itemsize:
     raise UserError(f"path: {path!r} is cut short: {len(data):,} bytes, not what {shape} of {dtype.name} takes.")
   array = np.frombuffer(data, dtype, offset=4 + 4 * rank).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
@@ -156,7 +195,11 @@ def _parquet(path):
     raise UserError(f"path: {path!r} can't be read, it may be cut short: {e}") from e
 
   def read(wanted):
-    table = pyarrow.parquet.read_table(path, columns=list(wanted))
+    try:
+      with _told(path):  # Pages have checksums where their writer was asked for them.
+        table = pyarrow.parquet.read_table(path, columns=list(wanted), page_checksum_verification=True)
+    except pyarrow.ArrowException as e:
+      raise UserError(f"path: {path!r} can't be read, it may be damaged: {' '.join(str(e).split())}") from e
     return [_parquet_column(path, name, table[name]) for name in wanted]
 
   # pandas writes the numbers of rows as one more column.
@@ -196,6 +239,8 @@ def _csv(path, header, delimiter):
   body = second if header != "none" else first
   if not body:
     raise UserError(f"path: {path!r} has no line of values.")
+  if len(body) != len(names):
+    raise UserError(f"{path}, the first line of values: {_width(body, names)}")
   texts = [not _is_number(cell) for cell in body]
   read = functools.partial(_csv_columns, path, delimiter, header != "none", names, texts)
   return File(path, names, read, table=True, classes=classes)
@@ -249,15 +294,19 @@ def _checked_rows(path, delimiter, has_header, names, numeric):
     found = list(rows)[has_header:]
   for line, row in found:
     if len(row) != len(names):
-      raise UserError(f"{path}, line {line}: {len(row)} cells where there are {len(names)} columns. Correct the line.")
+      raise UserError(f"{path}, line {line}: {_width(row, names)}")
     for place in numeric:
       if not _is_number(row[place]) or not math.isfinite(float(row[place])):
         column = f"{names[place]!r} (number {place})" if names[place] != str(place) else place
         raise UserError(
-          f"{path}, line {line}, column {column}: {row[place]!r} is no finite number. "
+          f"{path}, line {line}, column {column}: {shown(row[place])} is no finite number. "
           "Correct the cell, drop the column, or say what the first line is with header."
         )
   return [row for _, row in found]
+
+
+def _width(row, names):
+  return f"{len(row)} cells where there are {len(names)} columns. Correct the line."
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from bigjax.data import order
-from bigjax.errors import UserError, suggest
+from bigjax.errors import UserError, shown, suggest
 
 _SLICE = re.compile(r"(?P<name>[A-Za-z_]\w*)?(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 _FOLD = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)\.)?(?P<kind>fold|not_fold)\((?P<index>\d+),(?P<count>\d+)\)")
@@ -56,7 +56,7 @@ def parse(split: str, sizes: dict[str, int], seed: int | None = None) -> tuple[s
   parts = [_SLICE.fullmatch(part) for part in text.split("+")]
   if not all(part and part[0] for part in parts):
     examples = "'train', 'train[:80%]', '[100:200]', '[:10%]+[90%:]', 'fold(0,5)' or 'not_fold(0,5)'"
-    raise UserError(f"split={split!r} is not understood; it looks like {examples}.")
+    raise UserError(f"split={shown(split)} is not understood; it looks like {examples}.")
   names = {_name(part["name"], split, sizes) for part in parts}
   if len(names) > 1:
     raise UserError(f"split={split!r}: slices of {' and '.join(sorted(names))} can't be joined; use a mixture.")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from bigjax.errors import UserError, suggest
 
 ROLES = ("system", "user", "assistant")
+_MOST = 10**8  # Characters of a conversation.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,14 +114,19 @@ def load(template: str) -> Render:
     place = known[0] if known else place
   if not place.is_file():
     raise UserError(f"template={template!r} is neither a name nor a file with a template.{suggest(template, NAMED)}")
-  tokens, text = {}, place.read_text(encoding="utf-8")
+  try:
+    tokens, text = {}, place.read_text(encoding="utf-8")
+  except ValueError as e:
+    raise UserError(f"template={template!r}: {str(place)!r} is no UTF-8 text: {e}") from e
   config = place if place.suffix == ".json" else place.parent / "tokenizer_config.json"
   if config.is_file():
     try:
       found = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
       raise UserError(f"template={template!r}: {str(config)!r} is damaged: {e}") from e
-    named = {k: v["content"] if isinstance(v, dict) else v for k, v in found.items() if k.endswith("_token")}
+    if not isinstance(found, dict):
+      raise UserError(f"template={template!r}: {str(config)!r} is no object of JSON. Fetch it again.")
+    named = {k: v.get("content") if isinstance(v, dict) else v for k, v in found.items() if k.endswith("_token")}
     tokens = {k: v for k, v in named.items() if isinstance(v, str)}
     if place == config:
       text = _of_config(found, template)
@@ -138,7 +144,8 @@ def opened(render: Render, messages: Sequence[Message]) -> tuple[list[Piece], st
 def _of_config(found, template):
   own = found.get("chat_template")
   if isinstance(own, list):  # Several, by name.
-    own = next((t["template"] for t in own if t.get("name") == "default"), None)
+    named = [t for t in own if isinstance(t, dict) and t.get("name") == "default"]
+    own = named[0].get("template") if named else None
   if not isinstance(own, str):
     raise UserError(f"template={template!r} has no chat_template. Name one of {', '.join(NAMED)}.")
   return own
@@ -151,31 +158,44 @@ def _compiled(text, template):
   except ImportError as e:
     raise UserError(f"template={template!r} is in Jinja: pip install jinja2, or name one of {', '.join(NAMED)}.") from e
 
+  class Bounded(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context, operator, left, right):
+      if operator == "**" or not all(isinstance(x, int | float) for x in (left, right)):
+        raise jinja2.sandbox.SecurityError(f"{operator} makes texts or numbers without end")
+      return super().call_binop(context, operator, left, right)
+
   def refuse(message):
     raise UserError(f"the template says: {message}")
 
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-  )
+  environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
   environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
   # The day in a prompt must not change what is trained on from one day to the next.
   day = datetime.datetime(2024, 7, 26)
   environment.globals |= {"raise_exception": refuse, "strftime_now": day.strftime}
   try:
     return environment.from_string(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text))
-  except jinja2.TemplateError as e:
-    raise UserError(f"template={template!r} can't be read: {e}") from e
+  except (jinja2.TemplateError, RecursionError, MemoryError) as e:
+    raise UserError(f"template={template!r} can't be read: {str(e)[:300]}") from e
 
 
 def _rendered(compiled, tokens, messages):
   """Pieces of a rendered text: an answer is what comes after the prompt for it, to the end of its turn."""
-  import jinja2
 
   def render(count, prompt):
+    parts, length = [], 0
     try:
-      return compiled.render(messages=list(messages[:count]), add_generation_prompt=prompt, **tokens)
-    except jinja2.TemplateError as e:
-      raise UserError(f"the template can't take it: {e}") from e
+      for part in compiled.generate(messages=list(messages[:count]), add_generation_prompt=prompt, **tokens):
+        parts.append(part)
+        length += len(part)
+        if length > _MOST:
+          raise UserError(f"the template makes more than {_MOST:,} characters of it.")
+    except UserError:
+      raise
+    except Exception as e:  # A template is a program, and raises what programs do.
+      raise UserError(f"the template can't take it: {type(e).__name__}: {str(e)[:300]}") from e
+    return "".join(parts)
 
   pieces, done, whole = [], 0, render(len(messages), False)
   for i, message in enumerate(messages):

@@ -63,6 +63,8 @@ def make(
   if block < 1 or stride < 1:
     raise UserError(f"block={block} and stride={stride} must be 1 or more.")
   text = "".join(_read(file, encoding) for file in _files((path,) if isinstance(path, str) else path, hint))
+  if not text:
+    raise UserError(f"path: {path!r} holds no text.")
   subset = splits.parse(split, {"train": len(text)})[1]
   if subset.seed is not None or len(subset.ranges) > 1:
     raise UserError(f"split={split!r}: a text is split in one piece, such as [:90%] or [90%:].")

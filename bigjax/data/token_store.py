@@ -23,7 +23,7 @@ from jaxtyping import Int64
 
 from bigjax.data import tokenizers
 from bigjax.data.tfrecord import OPEN_FILES
-from bigjax.errors import UserError
+from bigjax.errors import UserError, shown, understood
 
 FORMAT = "bigjax tokens 1"
 
@@ -58,6 +58,9 @@ class Store:
     before, found = np.zeros(2, np.int64), [np.zeros((1, 2), np.int64)]
     for i in range(len(self.index["shards"])):
       inside = np.fromfile(self.path / f"{i:05}.documents", "<i8").reshape(-1, 2)
+      ends = [self.index["shards"][i][name] for name in ("tokens", "bytes")]
+      if inside[0].any() or (np.diff(inside, axis=0) < 0).any() or inside[-1].tolist() != ends:
+        raise UserError(f"path: the token store {str(self.path)!r} is damaged: {i:05}.documents. {_REMEDY}")
       found.append(inside[1:] + before)
       before = before + inside[-1]
     return np.concatenate(found)
@@ -102,13 +105,15 @@ def open_store(path: str) -> Store:
   if not file.is_file():
     unfinished = "; `bigjax data tokenize` with the same arguments goes on with it" if place.is_dir() else ""
     raise UserError(f"path: {str(place)!r} holds no finished token store (there is no index.json){unfinished}.")
-  try:
+  with understood(f"path: {str(file)!r}", _REMEDY):
     index = json.loads(file.read_text(encoding="utf-8"))
-  except ValueError as e:
-    raise UserError(f"path: {str(file)!r} is damaged: {e}") from e
-  if index.get("format") != FORMAT:
-    raise UserError(f"path: {str(file)!r} is of format {index.get('format')!r}; this bigjax reads {FORMAT!r}.")
-  width = np.dtype(index["dtype"]).itemsize
+    if index.get("format") != FORMAT:
+      raise UserError(f"path: {str(file)!r} is of format {shown(index.get('format'))}; this bigjax reads {FORMAT!r}.")
+    width = {"<u2": 2, "<u4": 4}[index["dtype"]]
+    numbers = [index["vocab_size"], *(shard[name] for shard in index["shards"] for name in _COUNTS)]
+    digests = [index["vocabulary"], *(d for shard in index["shards"] for d in shard["sha256"].values())]
+    if not all(type(n) is int and n >= 0 for n in numbers) or not all(isinstance(d, str) for d in digests):
+      raise UserError(f"path: {str(file)!r} is damaged: counts and digests are none. {_REMEDY}")
   for i, shard in enumerate(index["shards"]):
     sizes = {f"{i:05}.tokens": shard["tokens"] * width, f"{i:05}.documents": (shard["documents"] + 1) * 16}
     for name, size in sizes.items():
@@ -121,6 +126,7 @@ def open_store(path: str) -> Store:
   return Store(place, index)
 
 
+_COUNTS = ("tokens", "documents", "bytes")
 _REMEDY = "Copy it again, or delete the folder and run `bigjax data tokenize` again."
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bigjax.errors import UserError, understood
 from bigjax.metrics.stopwatch import COMPUTING, TRAINING
 
 EVENTS = "events.out.tfevents.*"  # What TensorBoard looks for in a folder.
@@ -35,18 +36,30 @@ def parsed_lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
 
   A last line that was cut short is left out, and so, with a warning, is a damaged one before it.
   """
-  lines = path.read_bytes().split(b"\n")
+  try:
+    lines = path.read_bytes().split(b"\n")
+  except OSError as e:
+    raise UserError(f"{path} can't be read: {e.strerror}; mend it or remove it.") from e
   while lines and not lines[-1].strip(b"\0\r "):  # some file systems end a file with zeros when the power fails
     lines.pop()
   for number, line in enumerate(lines, 1):
     try:
       row = json.loads(line)
       row["step"] = int(row["step"])
-    except (ValueError, TypeError, KeyError):
+      if not all(map(_is_measured, row.values())):
+        raise ValueError
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
       if number < len(lines):
         logging.getLogger("bigjax").warning("%s: line %d cannot be read and is left out.", path, number)
       continue
     yield row, line + b"\n"
+
+
+def _is_measured(value: Any) -> bool:
+  """Whether it is what `Writers` write: a number, one that was not finite, or a list of these."""
+  if isinstance(value, list):
+    return all(map(_is_measured, value))
+  return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300)
 
 
 @functools.cache
@@ -165,6 +178,11 @@ def summary(workdir: str | os.PathLike) -> str:
   Everything comes from the workdir's files; what they don't tell is left out.
   """
   workdir = Path(workdir)
+  with understood(f"{workdir}: its run.json or config.json", "Mend it or remove it."):
+    return _summary(workdir)
+
+
+def _summary(workdir):
   run, config = read_json(workdir / "run.json"), read_json(workdir / "config.json")
   table = best_and_last(read_rows(workdir))
   parts = [_headline(run, config), *_metric_lines(table)]
@@ -200,7 +218,10 @@ def _goodput(share: float, seconds: Mapping[str, float]) -> str:
 
 def read_json(path: Path) -> Any:
   """What a workdir's JSON file says; {} if there is none yet."""
-  return json.loads(path.read_bytes()) if path.exists() else {}
+  try:
+    return json.loads(path.read_bytes()) if path.exists() else {}
+  except (OSError, ValueError, RecursionError) as e:
+    raise UserError(f"{path} can't be read: {e}; mend it or remove it.") from e
 
 
 def _headline(run: Mapping[str, Any], config: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from bigjax.errors import understood
 from bigjax.report import curves, page
 from bigjax.report.run import Run
 
@@ -21,11 +22,12 @@ def write_report(workdir: str | os.PathLike) -> Path:
   Raises:
     UserError: when `workdir` is no folder, or one of the files cannot be read.
   """
-  run = Run.read(Path(workdir))
-  if run.panels:
-    _replace(run.workdir / "curves.png", curves.png(run))
-  path = run.workdir / "report.html"
-  _replace(path, page.html(run).encode())
+  with understood(f"{workdir}: its run.json, config.json or parameters.json", "Mend it or remove it."):
+    run = Run.read(Path(workdir))
+    if run.panels:
+      _replace(run.workdir / "curves.png", curves.png(run))
+    path = run.workdir / "report.html"
+    _replace(path, page.html(run).encode(errors="backslashreplace"))
   return path
 
 

@@ -70,10 +70,7 @@ class Run:
       raise UserError(f"--workdir={workdir} is no folder; name the one that the run was given.")
     found = {}
     for name, kind in (("config", dict), ("run", dict), ("parameters", list)):
-      try:
-        found[name] = read_json(workdir / f"{name}.json") or kind()
-      except (OSError, ValueError) as error:
-        raise UserError(f"{workdir / name}.json can't be read: {error}; mend it or remove it.") from error
+      found[name] = read_json(workdir / f"{name}.json") or kind()
       if not isinstance(found[name], kind):
         raise UserError(f"{workdir / name}.json should hold a JSON {kind.__name__}; mend it or remove it.")
     rows = read_rows(workdir)

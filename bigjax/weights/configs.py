@@ -7,10 +7,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from bigjax.errors import UserError, shown
+from bigjax.errors import UserError, shown, understood
 from bigjax.models import bert, decoder, decoder_block
 from bigjax.weights.families import ALIASES, DEEPSEEK_V3, FAMILIES, GEMMA3, Family
-from bigjax.weights.said import typed, understood
+from bigjax.weights.said import typed
 
 ACTIVATIONS = {  # Theirs: ours; the first of two names for one is written.
   "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",

@@ -15,11 +15,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from bigjax.errors import UserError, shown, suggest
+from bigjax.errors import UserError, shown, suggest, understood
 from bigjax.models.decoder_block import Options
 from bigjax.models.rope import Rope
 from bigjax.weights.families import GEMMA2, GEMMA3, GPT2, LLAMA, PHI3, QWEN2, QWEN3, Family
-from bigjax.weights.said import typed, understood
+from bigjax.weights.said import typed
 from bigjax.weights.tensors import Index, Mapped, Tensor, whole
 
 BLOCK = 32

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from bigjax.errors import UserError, shown
@@ -47,16 +46,3 @@ def _typed(value, hint, option, key, where):
     return value
   wanted = " or ".join(getattr(k, "__name__", str(k)) for k in kinds if k is not type(None))
   raise UserError(f"{where}: {key} = {shown(value)} is no {wanted} that a model can have. Fetch the file again.")
-
-
-@contextlib.contextmanager
-def understood(where: str) -> Iterator[None]:
-  """What a file says may be of any type in any place; where that stops the reading of it, the file is named."""
-  try:
-    yield
-  except UserError:
-    raise
-  except KeyError as e:
-    raise UserError(f"{where} does not say {e}. Fetch the file again.") from e
-  except (TypeError, ValueError, AttributeError, ArithmeticError, IndexError, RecursionError) as e:
-    raise UserError(f"{where} can't be understood: {e}. Fetch the file again.") from e

@@ -24,7 +24,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from bigjax.errors import UserError, suggest
+from bigjax.errors import UserError, shown, suggest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +79,16 @@ def parse(text: str, where: str = "preprocess") -> tuple[Op, ...]:
     return ()
   try:
     tree = ast.parse(f"(\n{text}\n)", mode="eval").body
-  except (SyntaxError, ValueError) as e:
+  except (SyntaxError, ValueError, RecursionError, MemoryError) as e:  # The parser's stack has an end.
     reason = e.msg if isinstance(e, SyntaxError) else str(e)
     raise UserError(
-      f'{where}: {text!r} cannot be read ({reason}). Write ops separated by |, such as "flip_lr|value_range(-1, 1)".'
+      f"{where}: {shown(text, 300)} cannot be read ({reason}). "
+      'Write ops separated by |, such as "flip_lr|value_range(-1, 1)".'
     ) from None
-  return tuple(_bind(node, where) for node in _chain(tree))
+  try:
+    return tuple(_bind(node, where) for node in _chain(tree))
+  except RecursionError:
+    raise UserError(f"{where}: {shown(text, 300)} is nested too deep. Ops follow one another, apart by |.") from None
 
 
 def known() -> dict[str, Callable]:
@@ -219,7 +223,7 @@ def _conform(value: Any, hint: Any) -> Any:
     result = tuple(_conform(v, h) for v, h in zip(value, items)) if len(items) == len(value) else (_NO,)
     return _NO if _NO in result else result
   if hint is float and type(value) is int:
-    return float(value)
+    return float(value) if abs(value) < 2**1000 else _NO
   return value if type(value) is (types.NoneType if hint is None else hint) else _NO
 
 
