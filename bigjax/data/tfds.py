@@ -40,7 +40,13 @@ def make(
   Raises:
     UserError: There is no such dataset, split, feature or file, or a file is damaged.
   """
-  return TFDS(_builder(dataset, data_dir, file_format), split, features)
+  builder = _builder(dataset, data_dir, file_format)
+  try:
+    return TFDS(builder, split, features)
+  except (UserError, OSError):
+    raise
+  except Exception as e:  # The library raises what it comes upon.
+    raise UserError(_unreadable(dataset, data_dir, e)) from e
 
 
 def stand_in(
@@ -80,7 +86,12 @@ class TFDS:
 
   def fetch(self, ids: Int64[np.ndarray, " batch"]) -> dict[str, np.ndarray]:
     """Returns the examples numbered `ids`, in that order; may be called from many threads."""
-    return self._parse(self.records(ids))
+    records = self.records(ids)
+    try:
+      return self._parse(records)
+    except Exception as e:  # Protocol buffers, NumPy and TFDS's own features each have theirs.
+      where = self._instructions[0].filename
+      raise UserError(damaged(where, f"its examples are not as features.json says ({_first_line(e)})")) from e
 
   def records(self, ids: Int64[np.ndarray, " batch"]) -> list[bytes]:
     """Returns the examples as they are stored, serialized `tf.train.Example`s."""
@@ -102,9 +113,13 @@ def prepared(data_dir: str | None = None) -> dict[str, str]:
   for depth in ("*/*", "*/*/*"):
     for path in sorted(root.glob(f"{depth}/dataset_info.json")):
       *name, version = path.parent.parts[-1 - depth.count("/") :]
-      info = json.loads(path.read_text())
-      splits = [f"{s['name']} {sum(map(int, s['shardLengths'])):,}" for s in info.get("splits", [])]
-      found[f"{'/'.join(name)}:{version}"] = f"{info.get('fileFormat', '?')}; {', '.join(splits)}"
+      try:
+        info = json.loads(path.read_text())
+        splits = [f"{s['name']} {sum(map(int, s['shardLengths'])):,}" for s in info.get("splits", [])]
+        told = f"{info.get('fileFormat', '?')}; {', '.join(splits)}"
+      except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        told = f"damaged: {path} can't be read"
+      found[f"{'/'.join(name)}:{version}"] = told
   return found
 
 
@@ -134,6 +149,15 @@ def _builder(dataset: str, data_dir: str | None, file_format: str | None) -> Any
     ) from None
   except (ValueError, AttributeError) as e:  # A file format it hasn't got; a name that is none.
     raise UserError(f"dataset={dataset!r}: {_first_line(e)}") from None
+  except Exception as e:  # The library raises what it comes upon.
+    raise UserError(_unreadable(dataset, data_dir, e)) from e
+
+
+def _unreadable(dataset, data_dir, error):
+  return (
+    f"dataset={dataset!r} in {folder(data_dir)} can't be read, its dataset_info.json or features.json may be damaged: "
+    f"{_first_line(error)} Copy them again, or prepare the dataset again (`bigjax data prepare`)."
+  )
 
 
 def _instructions(builder: Any, split: str) -> list[Any]:
@@ -272,4 +296,4 @@ def _leaves(connector: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _first_line(error: Exception) -> str:
   lines = str(error).strip("'\"").splitlines()
-  return lines[0].strip() if lines else type(error).__name__
+  return lines[0].strip()[:300] if lines else type(error).__name__

@@ -15,6 +15,8 @@ import os
 import pathlib
 import struct
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -73,10 +75,8 @@ def _offsets(folder: str, lengths: dict[str, int]) -> dict[str, np.ndarray]:
   places = [pathlib.Path(folder) / f".tfrecord-{digest}.npz", cache / f"{home}-{digest}.npz"]
   ends = np.cumsum([length + 1 for length in lengths.values()])[:-1]
   for place in places:
-    if place.exists():
-      with np.load(place) as stored:
-        if np.array_equal(stored["state"], state):
-          return dict(zip(lengths, np.split(stored["offsets"], ends)))
+    if (kept := _kept(place, state)) is not None and len(kept) == sum(lengths.values()) + len(lengths):
+      return dict(zip(lengths, np.split(kept, ends)))
   with ThreadPoolExecutor(8) as pool:
     offsets = list(pool.map(_scan, lengths, lengths.values()))
   for place in places:
@@ -85,9 +85,20 @@ def _offsets(folder: str, lengths: dict[str, int]) -> dict[str, np.ndarray]:
   return dict(zip(lengths, offsets))
 
 
+def _kept(place, state):
+  """Returns the index that was made before, if there is one of these files and it is whole."""
+  try:
+    with open(place, "rb") as file, np.load(file) as stored:  # Its checksums are looked at.
+      return stored["offsets"] if np.array_equal(stored["state"], state) else None
+  except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error):
+    return None
+
+
 def _scan(file: str, length: int) -> np.ndarray:
   """Goes through a file from record to record."""
   offsets, end = [0], os.path.getsize(file)
+  if not os.path.isfile(file):
+    raise UserError(damaged(file, "it is no file"))
   if end:
     with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
       while offsets[-1] + 8 <= end and len(offsets) <= length:
