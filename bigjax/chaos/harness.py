@@ -162,7 +162,7 @@ class Harness:
       at = max((s.at or 0) for s in starts)
       if start.hung or not any(start.codes):  # None is no exit code.
         break
-    finished = not any(starts[-1].codes)
+    finished = not starts[-1].hung and not any(starts[-1].codes)
     differences, compared = self.compare(reference, workdir) if finished else (["it did not end"], 0)
     for line in differences[:5]:
       self.say(f"    {line}")
