@@ -197,7 +197,7 @@ IMAGES = "image.jpeg progressive.jpeg image.png grey.png image.gif image.bmp".sp
 TARGETS = [
   *(_target(f"table, {n}", _tables, functools.partial(_table, name=n), ANY, (n,), said=SAID) for n in TABLES),
   *(
-    _target(f"documents, {n}", _documents, functools.partial(_read, name=n), TREE, (n,))
+    _target(f"documents, {n}", _documents, functools.partial(_read, name=n), TREE, (n,), said=r"a\.\w|block=")
     for n in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.parquet")
   ),
   _target("conversations", _conversations, _chat, TREE, said=r"path: |template"),
