@@ -1,6 +1,6 @@
 """Seconds from a SIGTERM to a durable checkpoint and to the end of the process, at every moment of a run.
 
-Command   python scripts/bench/stop.py [--config=configs/digits_vit.py] [--times=5] [--out=DIR]
+Command   python scripts/bench/stop.py [--config=configs/digits_vit.py] [--times=5] [--only=MOMENT] [--out=DIR]
 Hardware  any
 
 Each moment is met `times` times by a run that is started again and again in one workdir, as a real process, without a
@@ -32,6 +32,7 @@ def main(argv):
   parser.add_argument("--config", default="configs/digits_vit.py")
   parser.add_argument("--times", type=int, default=5)
   parser.add_argument("--out")
+  parser.add_argument("--only", choices=MOMENTS, help="this moment")
   args, overrides = parser.parse_known_args(argv)
   os.environ["JAX_PLATFORMS"] = "cpu"
   from bigjax.chaos import faults, harness
@@ -49,6 +50,8 @@ def main(argv):
   print("| --- | --- | --- | --- | --- |")
   for name, (moment, count, delays) in MOMENTS.items():
     starts, saved = [], []
+    if args.only not in (None, name):
+      continue
     for i in range(args.times):
       number += 1
       fault = faults.Fault("SIGTERM", moment, count, delays[i % len(delays)], (0,))
