@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigjax import checkpoint, lora, precision, quantize, schedules, sharding, tiers, topology, updates
+from bigjax import checkpoint, checks, lora, precision, quantize, schedules, sharding, tiers, topology, updates
 from bigjax import guard as guards
 from bigjax import state as states
 from bigjax.best import Watch
@@ -331,9 +331,9 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
   It is laid out on all devices there are, or on `devices`.
   """
   layout = _layout(config, devices)
-  _check_sizes(config, layout.mesh)
+  checks.sizes(config, layout.mesh)
   Watch.of(config.keep, config.early_stop, config.evals, {})  # Refuses metrics that no evaluator gives.
-  _check_claim(config)
+  checks.claim(config)
   guards.of(config.guard)
   data = Stream.of(config.data)
   batch = data.spec(config.batch_size)
@@ -359,7 +359,7 @@ def build(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> E
       seed=config.seed,
       weight=float(config.batch_size * (clock.tokens_per_example or 1)),
     )
-    outputs = _trace(model, task, params, extras, dict(batch))
+    outputs = checks.trace(model, task, params, extras, dict(batch))
   opt_state = jax.eval_shape(optimizer.tx.init, params)
   abstract = states.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, extras, opt_state)
   roles = _roles(config.model) if model.adapters is None else model.adapters.roles(_roles(config.model))
@@ -425,38 +425,6 @@ def _roles(model):
   }
 
 
-def _check_sizes(config, mesh):
-  positive = {"batch_size": config.batch_size, "accumulate": config.accumulate, "keep.last": config.keep.last}
-  positive |= {"early_stop.patience": config.early_stop.patience} if config.early_stop else {}
-  positive |= {f"evals.{n}.batch_size": e.batch_size for n, e in config.evals.items()}
-  for name, size in positive.items():
-    if size is not None and size < 1:
-      raise UserError(f"config.{name} must be positive, not {size}.")
-  ways = sharding.batch_ways(mesh)
-  sharding.data_part(mesh)  # Refuses processes with unequal shares.
-  sizes = {"config.batch_size": (config.batch_size, ways * config.accumulate)}
-  sizes |= {f"config.evals.{n}.batch_size": (e.batch_size or config.batch_size, ways) for n, e in config.evals.items()}
-  for where, (size, parts) in sizes.items():
-    if size % parts:
-      near = max(parts, size // parts * parts)
-      raise UserError(
-        f"{where}: {size} examples can't be split evenly over {ways} data-parallel devices"
-        + (f" times accumulate={config.accumulate}" if parts != ways else "")
-        + f"; use a multiple of {parts}, such as {near} or {near + parts}."
-      )
-
-
-def _check_claim(config):
-  claim = config.claim
-  if claim is None:
-    return
-  if (claim.at_least is None) == (claim.at_most is None):
-    raise UserError("config.claim needs one of at_least and at_most.")
-  if "/" in claim.metric and claim.metric.split("/")[0] not in config.evals:
-    known = ", ".join(config.evals) or "none"
-    raise UserError(f"config.claim.metric: {claim.metric!r} is no metric of config.evals ({known}).")
-
-
 def _clock(config, data, batch):
   tokens = batch["tokens"].shape[-1] - 1 if "tokens" in batch else None  # The last one is only predicted.
   return schedules.Clock.of(config.total_steps, config.batch_size, len(data.source), tokens)
@@ -466,35 +434,3 @@ def _schedules(schedule: Component | tuple, clock) -> Callable | tuple:
   if isinstance(schedule, Component):
     return schedule(clock)
   return tuple((regex, None if s is None else s(clock)) for regex, s in schedule)
-
-
-def _trace(model, task, params, extras, batch):
-  """Traces loss and prediction on shapes alone: a model that can't take the batch is found here."""
-
-  def loss_and_outputs(params, extras, batch, key):
-    module = model.bind(params, extras)
-    task.loss(module, batch, key=key)
-    return task.predict(model.bind(params, extras), batch)
-
-  try:
-    return jax.eval_shape(loss_and_outputs, params, extras, batch, jax.eval_shape(lambda: jax.random.key(0)))
-  except UserError as e:
-    raise UserError(model.build.located(str(e)) if str(e).startswith("model.") else str(e)) from e
-  except KeyError as e:
-    has = ", ".join(map(repr, batch))
-    raise UserError(f"config.task wants {e} in a batch, which has {has}; name or rename it in data.preprocess.") from e
-  except (TypeError, ValueError, AttributeError, IndexError, AssertionError) as e:
-    shapes = ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in batch.items())
-    frame = _last_frame(e)
-    raise UserError(f"config.model and config.task can't take a batch of {shapes}: {e} ({frame})") from e
-
-
-def _last_frame(error):
-  """The last line of the model's or the task's own code that an error went through."""
-  trace, found = error.__traceback__, ""
-  while trace is not None:
-    code = trace.tb_frame.f_code
-    if "site-packages" not in code.co_filename:
-      found = f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}"
-    trace = trace.tb_next
-  return found
