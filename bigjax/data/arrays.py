@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from bigjax.data import absent, formats, splits
-from bigjax.errors import UserError, suggest
+from bigjax.errors import UserError, shown, suggest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,8 @@ def _shaped(values, shape):
 
 def _numbers(values, name):
   if values.dtype.kind not in "biuf":
-    raise UserError(f"column {name!r} holds text, such as {str(values[0])!r}: add it to drop, or make numbers of it.")
+    text = shown(str(values[0]))
+    raise UserError(f"column {name!r} holds text, such as {text}: add it to drop, or make numbers of it.")
   return values
 
 

@@ -50,7 +50,7 @@ class Files:
 
 def damaged(file: str, how: str) -> str:
   """Returns what to tell the person whose file can't be read."""
-  return f"{file} is damaged: {how}. Copy it again, or prepare the dataset again (`bigjax data prepare`)."
+  return f"{file[:300]} is damaged: {how}. Copy it again, or prepare the dataset again (`bigjax data prepare`)."
 
 
 class _Descriptor:

@@ -3,7 +3,7 @@
 Usage: python scripts/fuzz/run.py [--cases=10000] [--seed=0] [--only=GGUF,...] [--show=20]
 
 Each case damages a copy of whole files (see damage.py) and reads them to the end in a process with bounded time and
-memory (see cases.py, which says what the columns mean). Checkpoints are a target too, see checkpoints.py. Leaves with 1
+memory (see cases.py, which says what the columns mean). Checkpoints have their own, checkpoints.py. Leaves with 1
 if a case ended in anything but a clear message, the same values, or other values that the format can't tell.
 """
 

@@ -221,7 +221,7 @@ RECORDS = ("metrics.jsonl", "run.json", "parameters.json", "config.json")
 TARGETS = [
   _target("config.json of a run", _json, _read_json, TREE, said=r"config"),
   _target("config in Python", _python, _read_python, STRINGS, said=r"config"),
-  _target("flags", _flags, _read_flags, STRINGS, said=r"config|overrides"),
+  _target("flags", _flags, _read_flags, STRINGS, said=r"(?s).{20}"),
   _target("a config's argument", _argument, _read_argument, STRINGS, said=r"--config=\.\.\.:"),
   _target("preprocessing", _ops, _read_ops, STRINGS, said=r"preprocess: "),
   _target("splits, durations", _words, _read_words, STRINGS, said=r"split=|duration: "),
