@@ -161,7 +161,7 @@ def override(config: Any, overrides: Sequence[str]):
   ) as e:
     said = " ".join(str(e.args[0] if e.args else e).split())  # A KeyError's own text is quoted once more.
     given = " ".join(o if len(o) <= 200 else f"{o[:200]}..." for o in overrides)
-    raise UserError(f"{given}: {said[:300]}") from e
+    raise UserError(f"{given[:1000]}: {said[:300]}") from e
   if rest:
     raise UserError(f"Unexpected argument {shown(rest[0])}; overrides look like --config.batch_size=64.")
   return config

@@ -1,13 +1,13 @@
 """Damaged files of every kind, scripts/fuzz/run.py: refused in words, harmless, or what their format can't tell."""
 
+import importlib
 import pathlib
 import sys
 
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "scripts" / "fuzz"))
-import cases
-import run
+cases, run = importlib.import_module("cases"), importlib.import_module("run")
 
 SLOW_TO_IMPORT = {"image.jpeg", "progressive.jpeg", "image.png", "grey.png", "image.gif", "image.bmp"}
 SLOW_TO_IMPORT |= {"TFRecord", "ArrayRecord"}
@@ -51,9 +51,7 @@ def test_a_reader_that_crashes_hangs_or_takes_all_memory_is_noticed(tmp_path):
   )
   sys.path.append(str(tmp_path))  # Of the process that reads, too.
   try:
-    import wrong_reader
-
-    targets = {t.name: t for t in wrong_reader.TARGETS}
+    targets = {t.name: t for t in importlib.import_module("wrong_reader").TARGETS}
     found = cases.run(targets, dict.fromkeys(targets, 1), seconds=3)
   finally:
     sys.path.remove(str(tmp_path))
