@@ -41,9 +41,9 @@ ASKED = {0, STOPPED, 130, 143, -signal.SIGTERM, -signal.SIGINT}  # By a signal's
 ENDINGS = {
   "SIGTERM": (ASKED, ASKED | GONE),
   "SIGINT": (ASKED, ASKED | GONE),
-  "NaN": ({1}, {1}),
+  "NaN": ({0, 1}, {0, 1}),  # 0: it is in a batch that was made ahead and is not taken.
   "slow input": ({0}, {0}),
-  "stalled input": ({LOST}, {LOST}),
+  "stalled input": ({0, LOST}, {0, LOST}),
   "disk full": ({0, 1}, {0, 1}),
   "disk full a while": ({0}, {0}),
 }
