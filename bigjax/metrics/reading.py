@@ -59,7 +59,7 @@ def _is_measured(value: Any) -> bool:
   """Whether it is what `Writers` write: a number, one that was not finite, or a list of these."""
   if isinstance(value, list):
     return all(map(_is_measured, value))
-  return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300)
+  return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value))
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from bigjax import hosts
 from bigjax.errors import UserError
 
 SUMS = "SHA256SUMS"
+WHOLE = (".safetensors", ".safetensors.index.json", ".gguf", "config.json")  # What a list has to have, if there is one.
 _HEXADECIMAL = re.compile(r"[0-9a-f]{64}")
 _THREADS = min(8, os.cpu_count() or 1)  # hashlib lets others run meanwhile.
 
@@ -33,15 +34,17 @@ def known(path: str) -> tuple[str, str] | None:
   """Returns the SHA-256 that a file has by what stands beside it, in hexadecimal digits, and where; None without one.
 
   Raises:
-    UserError: There is a list of digests beside it that can't be read, or doesn't have it.
+    UserError: There is a list of digests beside it that can't be read, or lacks weights.
   """
   folder, name = os.path.split(os.path.abspath(path))
   sums = os.path.join(folder, SUMS)
   if os.path.lexists(sums):
     listed = _listed(sums)
-    if name not in listed:
+    if name in listed:
+      return listed[name], sums
+    if name.endswith(WHOLE):
       raise UserError(f"{sums} has no digest of {name}, which stands beside it. {_remedy(sums)}")
-    return listed[name], sums
+    return None  # Such as a vocabulary that was put there later.
   if os.path.islink(path):
     blob = os.path.realpath(path)
     if _HEXADECIMAL.fullmatch(os.path.basename(blob)):
