@@ -11,7 +11,7 @@
 import contextlib
 import difflib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 STOPPED = 75  # "Try again later", as sysexits.h has it.
@@ -39,6 +39,12 @@ def shown(value: Any, most: int = 80) -> str:
   """Returns how a value is written, as far as that fits a line: what a file says may be of any length."""
   text = repr(value)
   return text if len(text) <= most else f"{text[:most]}..."
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+  """Returns the first of some names, none longer than a line, and how many more there are."""
+  first = ", ".join(n if len(n) <= 80 else f"{n[:80]}..." for n in names[:most])
+  return first + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from bigjax import paths
-from bigjax.errors import UserError, suggest
+from bigjax.errors import UserError, few, suggest
 from bigjax.weights import checksums, configs, gguf, reading, safetensors
 from bigjax.weights.families import Family
 from bigjax.weights.links import links, match
@@ -114,8 +114,7 @@ def load_leaves(
   names, over = match(found, weights.tensors, weights.family, weights.path)
   over = _without_copies(weights, names, over)
   if over and not partial:
-    shown = ", ".join(over[:5]) + (f" and {len(over) - 5} more" if len(over) > 5 else "")
-    raise UserError(f"{weights.path} has tensors that {weights.family.architecture} does not: {shown}.")
+    raise UserError(f"{weights.path} has tensors that {weights.family.architecture} does not: {few(over)}.")
   checksums.verify([f.path for f in weights.files], shared=True)
   used = set(names)
   report = [f"{n}: not read" for n in weights.tensors if n not in used]

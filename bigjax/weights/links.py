@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bigjax.errors import UserError
+from bigjax.errors import UserError, few
 from bigjax.weights.families import Family
 
 Shape = tuple[int, ...]
@@ -90,7 +90,7 @@ def links(family: Family, options: Any, shapes: Mapping[str, Shape]) -> list[Lin
   held = {slot.leaf for link in found for slot in link.slots}
   over = [name for name in shapes if name not in held and not name.endswith("/load")]
   if over:
-    raise UserError(f"{family.architecture} has no place for {', '.join(over[:5])}.")
+    raise UserError(f"{family.architecture} has no place for {few(over)}.")
   return found
 
 

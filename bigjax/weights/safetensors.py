@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 import ml_dtypes
 import numpy as np
 
-from bigjax.errors import UserError, shown, suggest
+from bigjax.errors import UserError, few, shown, suggest
 from bigjax.weights.tensors import Mapped, Tensor
 
 INDEX = "model.safetensors.index.json"
@@ -63,13 +63,11 @@ def open_files(path: str) -> tuple[dict[str, Tensor], list[Mapped]]:
   files = sorted(set(weight_map.values()))
   missing = [f for f in files if not os.path.isfile(os.path.join(path, f))]
   if missing:
-    raise UserError(
-      f"{path}: {len(missing)} of the {len(files)} files of {INDEX} are missing: {', '.join(missing[:5])}."
-    )
+    raise UserError(f"{path}: {len(missing)} of the {len(files)} files of {INDEX} are missing: {few(missing)}.")
   tensors, mapped = _open([os.path.join(path, f) for f in files])
   absent = [n for n in weight_map if n not in tensors]
   if absent:
-    raise UserError(f"{index} names tensors that no file has: {', '.join(absent[:5])}.")
+    raise UserError(f"{index} names tensors that no file has: {few(absent)}.")
   return tensors, mapped
 
 
@@ -110,9 +108,11 @@ def _header(file: Mapped) -> dict[str, Tensor]:
   is_count = lambda n: type(n) is int and 0 <= n <= file.size
   for name, (stored, shape, *offsets) in entries.items():
     if not isinstance(stored, str) or stored not in DTYPES:
-      raise UserError(f"{file.path}: {name!r} is of type {shown(stored)}, which is not known.{suggest(stored, DTYPES)}")
+      raise UserError(
+        f"{file.path}: {shown(name)} is of type {shown(stored)}, which is not known.{suggest(stored, DTYPES)}"
+      )
     if len(offsets) != 2 or not all(map(is_count, (*shape, *offsets))):
-      raise short(f"{name!r} has the shape {shown(list(shape))} at {shown(offsets)}")
+      raise short(f"{shown(name)} has the shape {shown(list(shape))} at {shown(offsets)}")
     start, stop = offsets
     if stop - start != math.prod(shape) * DTYPES[stored].itemsize:
       raise short(f"{stop - start} bytes for {name!r}, {stored}{list(shape)}")

@@ -49,7 +49,7 @@ def main():
     ].append(e)
   for some in list(alike.values())[: args.show]:
     e = some[0]
-    print(f"\n{e.target}, {len(some)} such as case {e.case} ({', '.join(e.kinds)}): {e.outcome}: {e.why}")
+    print(f"\n{e.target}, {len(some)} such as case {e.case} ({', '.join(e.kinds)}): {e.outcome}: {e.why[:500]}")
   if args.said:
     for text, count in collections.Counter(e.why.splitlines()[0][:150] for e in found if e.why).most_common():
       print(f"{count:>6}  {text}")
