@@ -59,13 +59,17 @@ def together(args, resolved, workdir: str):
 
 
 def after(workdir: str, status: str) -> int:
-  """Writes the report, tells the person what came out, and returns the exit code."""
+  """Writes the report, tells the person what came out, and returns the exit code.
+
+  One that was stopped has no time for a report: its machine may be about to go.
+  """
   import jax
 
   from bigjax import metrics, report
 
   if jax.process_index() == 0:
-    report.write_report(workdir)
+    if status != "stopped":
+      report.write_report(workdir)
     print(metrics.summary(workdir))
   return STOPPED if status == "stopped" else 0
 

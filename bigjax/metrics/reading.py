@@ -202,6 +202,8 @@ def _summary(workdir):
     following.append("the same command again goes on from the last checkpoint")
   if (workdir / "report.html").exists():
     following.append(f"open {workdir / 'report.html'} in a browser")
+  else:
+    following.append(f"bigjax report {workdir}")
   if any(workdir.glob(EVENTS)):
     following.append(f"tensorboard --logdir={workdir}")
   following.append(f"bigjax eval --workdir={workdir}")
