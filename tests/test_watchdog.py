@@ -149,7 +149,8 @@ def test_a_stop_before_the_first_step_ends_all_processes_at_once(tmp_path, asked
   assert all("nothing to save" in err for err in said)
 
 
-@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_was_killed_is_named_in_less_than_30_seconds(tmp_path, killed):
   with Processes(tmp_path, patience=15) as run:
     run.wait_for(has_rows(tmp_path, 20))

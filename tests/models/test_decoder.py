@@ -252,6 +252,7 @@ def test_a_window_hides_what_is_further_back_and_a_global_layer_shows_it():
     assert moved[: reach + 1].all() and not moved[reach + 1 :].any()
 
 
+@pytest.mark.slow
 def test_experts_penalties_are_sums_over_tokens_and_padding_adds_nothing():
   model = built("deepseek", router_z_loss=0.01)
   segments = jnp.asarray(np.random.default_rng(2).integers(0, 2, (4, 16)))

@@ -11,7 +11,16 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize(
-  "sizes", [(3, 0, 5, 4), (12, 0, 0, 0), (0, 0, 0, 12), (0, 0, 0, 0), (3, 3, 3, 3), (1, 2, 3, 0), (90, 1, 70, 300)]
+  "sizes",
+  [
+    (3, 0, 5, 4),
+    (12, 0, 0, 0),
+    (0, 0, 0, 12),
+    (0, 0, 0, 0),
+    (3, 3, 3, 3),
+    (1, 2, 3, 0),
+    pytest.param((90, 1, 70, 300), marks=pytest.mark.slow),
+  ],
 )
 def test_each_group_is_multiplied_by_its_own_kernel_forward_and_backward(sizes):
   rows, real = sum(sizes) + 5, sum(sizes)

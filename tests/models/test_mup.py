@@ -23,6 +23,7 @@ def check():
   return module
 
 
+@pytest.mark.slow
 def test_with_mup_changes_are_of_one_size_at_any_width_and_without_they_grow(check):
   mup, standard = check.slopes([32, 128], 32), check.slopes([32, 128], None)
   for name in check.SEEN:
