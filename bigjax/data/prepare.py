@@ -64,7 +64,7 @@ def from_tfds(
     builder.download_and_prepare(download_config=config, file_format=file_format)
   except tfds.core.registered.DatasetNotFoundError:
     raise UserError(
-      f"TFDS has no dataset {dataset!r}.{_near(dataset, tfds.list_builders())} All of them: "
+      f"TFDS has no dataset {dataset!r}.{_near(dataset, tfds.list_builders(with_community_datasets=False))} All of them: "
       "https://www.tensorflow.org/datasets/catalog"
     ) from None
   except AssertionError as e:  # Where files have to be fetched by hand, TFDS says which and how.
