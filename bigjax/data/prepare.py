@@ -63,8 +63,11 @@ def from_tfds(
     config = tfds.download.DownloadConfig(manual_dir=manual_dir)
     builder.download_and_prepare(download_config=config, file_format=file_format)
   except tfds.core.registered.DatasetNotFoundError:
+    known = tfds.list_builders(
+      with_community_datasets=False
+    )  # For those it would ask the internet, minutes without one.
     raise UserError(
-      f"TFDS has no dataset {dataset!r}.{_near(dataset, tfds.list_builders(with_community_datasets=False))} All of them: "
+      f"TFDS has no dataset {dataset!r}.{_near(dataset, known)} All of them: "
       "https://www.tensorflow.org/datasets/catalog"
     ) from None
   except AssertionError as e:  # Where files have to be fetched by hand, TFDS says which and how.

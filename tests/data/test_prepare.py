@@ -157,8 +157,7 @@ def test_idx_files_become_images_that_need_no_decoding(tmp_path):
     (["files", "all={tmp}/a.npz", "--name=x"], "'all' can't be the name of a split"),
     (["files", "train={tmp}/a.npz", "--name=x", "--labell=y"], "files.labell is not an argument.*Did you mean 'label'"),
     (["files", "train={tmp}/a.npz", "test={tmp}/b.npz", "--name=x"], "train and test differ in 'image'"),
-    # TFDS asks the internet first, for minutes where there is none.
-    pytest.param(["tfds", "mnits"], "TFDS has no dataset 'mnits'. Did you mean 'mnist'", marks=pytest.mark.slow),
+    (["tfds", "mnits"], "TFDS has no dataset 'mnits'. Did you mean 'mnist'"),
   ],
 )
 def test_a_mistake_is_one_message(animals, tmp_path, arguments, message):
