@@ -33,7 +33,7 @@ def reference(model):
   return parity.run_cell(model, "1")
 
 
-def check(model, mesh, variant):
+def assert_trains_alike(model, mesh, variant):
   cell = parity.run_cell(model, mesh, variant)
   loss, gradient = parity.differences(cell, reference(model))
   assert loss <= parity.LOSSES
@@ -52,10 +52,10 @@ def test_the_subset_has_every_model_every_axis_and_every_variant():
 
 @pytest.mark.parametrize("cell", COVERING, ids="-".join)
 def test_it_trains_as_on_one_device(cell):
-  check(*cell)
+  assert_trains_alike(*cell)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", [cell for cell in ALL if cell not in COVERING], ids="-".join)
 def test_so_does_every_other_cell_that_can_be(cell):
-  check(*cell)
+  assert_trains_alike(*cell)
