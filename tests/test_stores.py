@@ -15,7 +15,7 @@ from bigjax.errors import UserError
 ROOT = pathlib.Path(__file__).parents[1]
 # In a process of its own: the libraries read their addresses once, and leave connections behind.
 STORE = """
-  import contextlib, io, json, logging, os, socket
+  import contextlib, http.server, io, json, logging, os, socket, threading
 
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
@@ -24,8 +24,23 @@ STORE = """
   os.environ.update(
     STORAGE_EMULATOR_HOST=address, TENSORSTORE_GCS_HTTP_URL=address, GOOGLE_AUTH_TOKEN_FOR_TESTING="none"
   )
-  from gcp_storage_emulator.server import create_server
+  import gcsfs.retry
+  from gcp_storage_emulator.server import Router, create_server
 
+  # The emulator answers one connection after the other, and of those that wait keeps five: who connects ahead of what
+  # it has to say holds the others up. Here each has a thread, and answers are made one at a time.
+  class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128
+
+  answer, one_at_a_time = Router.handle, threading.Lock()
+  def handle(router, method):
+    with one_at_a_time:
+      answer(router, method)
+
+  http.server.HTTPServer, Router.handle = Server, handle
+  # The emulator knows no moveTo, for which gcsfs has another way; it would ask for it half a minute before it takes it.
+  again = gcsfs.retry.is_retriable
+  gcsfs.retry.is_retriable = lambda e: getattr(e, "code", None) != 501 and again(e)
   logging.disable(logging.CRITICAL)
   server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
   server.start()
