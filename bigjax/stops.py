@@ -1,9 +1,12 @@
 """Stopping on request: SIGTERM, Ctrl-C, a notice that the machine is taken away, time that is up.
 
 A request is heard by a thread, whatever the process is at. Before the first step is done there is nothing to save, and
-the process leaves at once, also while it compiles or restores. From then on it is noticed between two steps and between
-two batches of an evaluation. Several processes stop at the same place whichever of them is asked: through JAX's
-key-value store they tell each other how far they are, nobody goes on meanwhile, and the next place is where they stop.
+the process leaves at once, also while it compiles or restores. From then on it is noticed between two steps, between
+two batches of an evaluation, and while a batch does not come. Several processes stop at the same place whichever of
+them is asked: through JAX's key-value store they tell each other how far they are, nobody goes on meanwhile, and the
+next place is where they stop; or this one, if all of them wait for a batch. Where only some do, and what they wait for
+does not come, the others' devices wait for them inside the next step: then there is no state to save, and all leave
+with what was saved before.
 
 JAX's own listener to SIGTERM does the last part only, and can't be left at once by a second signal.
 """
@@ -14,13 +17,14 @@ import contextlib
 import itertools
 import json
 import os
+import queue
 import select
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from bigjax import peers
@@ -31,6 +35,8 @@ from bigjax.errors import STOPPED, say
 GRACE = 30.0
 POLL = 1.0  # Seconds between two looks at what the peers were asked.
 NOTICE = 5.0  # Seconds between two looks at what the machine says.
+SOON = 0.1  # Seconds between two looks while a batch does not come.
+PATIENCE = 15.0  # Seconds that a place to stop at may take to reach, where a batch of some process does not come.
 TOGETHER = 0.3  # Seconds within which signals are one: schedulers send it to a process and to its group.
 
 
@@ -38,7 +44,7 @@ _numbers = itertools.count()  # Every process makes its stops in the same order.
 
 
 class Stopped(Exception):
-  """Raised out of an evaluation that a stop has cut short."""
+  """Raised out of an evaluation that a stop has cut short, or a wait for a batch."""
 
 
 class Stops:
@@ -55,6 +61,7 @@ class Stops:
     self._why, self._asked, self._signalled = None, 0.0, None
     self._saving = False  # Whether there is something to save.
     self._looks, self._at, self._lock, self._stopping = 0, None, threading.Lock(), False
+    self._waits, self._here, self._decided = False, False, float("inf")  # For a batch; to stop without it; since when.
     self._thread, self._over, self._closed = None, threading.Event(), False
     self._told = f"bigjax/stop/{next(_numbers)}"
 
@@ -109,19 +116,53 @@ class Stops:
     self._stopping = self._at is not None and self._looks >= self._at
     return self._stopping
 
-  def between(self, batches: Iterable) -> Iterator[Any]:
-    """Yields the batches; raises `Stopped` where it is time to stop."""
-    for batch in batches:
-      if self.look():
-        raise Stopped
-      yield batch
+  def between(self, batches: Any) -> Iterator[Any]:
+    """Yields the batches, as of `awaited`; raises `Stopped` where it is time to stop."""
+    with contextlib.suppress(StopIteration):
+      while True:
+        batch = self.awaited(batches)
+        if self.look():
+          raise Stopped
+        yield batch
+
+  def awaited(self, batches: Any) -> Any:
+    """Returns the next batch of a `pipeline.Ahead`; raises `Stopped` where it is time to stop and it does not come."""
+    try:
+      return batches.take(SOON)
+    except queue.Empty:
+      pass
+    with self._lock:
+      self._waits = True
+    try:
+      while not self._here:
+        try:
+          batch = batches.take(SOON)
+          break
+        except queue.Empty:
+          self._lose_patience()
+    finally:
+      with self._lock:
+        self._waits = False
+    if self._here:  # Also if the batch has come: the others stop here.
+      self._stopping = True
+      batches.abandon()
+      raise Stopped
+    return batch
+
+  def _lose_patience(self):
+    """Ends the run where the others wait for this process in a step that it has no batch for."""
+    late = self._at is not None and not self._here and time.monotonic() - self._decided > PATIENCE
+    if late and self.ends:
+      _, me, count = _group(True)
+      why = f"stopped ({self._why}) with what was saved before: process {me} of {count} waits for input"
+      sys.modules["bigjax.hosts"].end(STOPPED, f"{why}, and the others for it")
 
   def ask(self, why: str) -> None:
     """Asks the run to stop; from any thread."""
     if self._why is None:
       self._why, self._asked = why, time.monotonic()
       if self._saving and _group(True) is None:
-        self._at = 0
+        self._at, self._here = 0, True
     self._wake()
 
   def outcome(self) -> dict[str, Any]:
@@ -175,9 +216,9 @@ class Stops:
   def _decide_alone(self):
     if self._why is None:
       return
-    if self.ends and not self._saving:
+    if self.ends and (not self._saving or (self._waits and not self._looks)):
       _leave(STOPPED, f"stopped ({self._why}) before the first step; there is nothing to save")
-    self._at = 0
+    self._at, self._here = 0, True
 
   def _decide_together(self, store, me, count):
     with contextlib.suppress(Exception):  # JAX's service is gone, and so is a process: hosts.py has that.
@@ -193,8 +234,9 @@ class Stops:
         self._tell_how_far(store, me)
         while len(said := store.key_value_dir_get(f"{self._told}/at")) < count:
           time.sleep(0.02)
-        looks = [int(looks) for _, looks in said]
-        self._at = max(looks) + 1
+        looks, wait = zip(*(json.loads(place) for _, place in said))
+        self._here = all(wait) and len(set(looks)) == 1
+        self._at, self._decided = max(looks) + 1, time.monotonic()
       if self.ends and min(looks) == 0:  # Without all of them no step is done.
         store.key_value_set(f"{self._told}/left/{me}", "", allow_overwrite=True)
         deadline = time.monotonic() + 5
@@ -204,7 +246,8 @@ class Stops:
         _leave(STOPPED, f"stopped ({self._why}) before the first step; there is nothing to save")
 
   def _tell_how_far(self, store, me):
-    store.key_value_set(f"{self._told}/at/{me}", str(self._looks), allow_overwrite=True)
+    place = json.dumps([self._looks, self._waits])
+    store.key_value_set(f"{self._told}/at/{me}", place, allow_overwrite=True)
 
   def _watch_machine(self):
     while not self._over.is_set():

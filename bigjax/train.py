@@ -28,7 +28,7 @@ from bigjax.ledger import Ledger
 from bigjax.plan import mfu, profiles
 from bigjax.saves import Saves
 from bigjax.sentry import Step
-from bigjax.stops import Stops
+from bigjax.stops import Stopped, Stops
 from bigjax.watchdog import Watchdog
 
 
@@ -136,22 +136,26 @@ class Loop:
       self.saves.amend(first, state, watch)
     status = "stopped early" if watch.tired else "stopped" if self.evaluations.cut else "finished"
 
-    for step in range(first + 1, 1 + (last if status == "finished" else first)):
-      with self.progress.pause("input"):
-        batch = next(self.batches)
-      with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
-        state, measured = self.step_fn(state, batch, key)
-      with self.progress.pause("device"):
-        self.guard.seen(step, measured)
-      self.ledger.note(step)
-      self.logger.step(step, measured if run.due(step, log_every) else None)
-      watch = self.measure(step, state, watch)
+    try:
+      for step in range(first + 1, 1 + (last if status == "finished" else first)):
+        with self.progress.pause("input"):
+          batch = self.stop.awaited(self.batches)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
+          state, measured = self.step_fn(state, batch, key)
+        with self.progress.pause("device"):
+          self.guard.seen(step, measured)
+        self.ledger.note(step)
+        self.logger.step(step, measured if run.due(step, log_every) else None)
+        watch = self.measure(step, state, watch)
 
-      asked = self.stop.look()  # By all hosts at every step.
-      status = "stopped early" if watch.tired else "stopped" if asked else "finished"
-      self.saves.at(step, state, watch, ending=status != "finished")
-      if status != "finished":
-        break
+        asked = self.stop.look()  # By all hosts at every step.
+        status = "stopped early" if watch.tired else "stopped" if asked else "finished"
+        self.saves.at(step, state, watch, ending=status != "finished")
+        if status != "finished":
+          break
+    except Stopped:  # While it waited for input: what there is to save is the state of the step before.
+      status = "stopped"
+      self.saves.at(step - 1, state, watch, ending=True)
     return status, state, watch
 
   def measure(self, step: int, state: states.TrainState, watch: Watch) -> Watch:

@@ -18,7 +18,8 @@ import pytest
 
 from bigjax import config as configs
 from bigjax import experiment, peers, record, train
-from bigjax.stops import Stops
+from bigjax.data import pipeline
+from bigjax.stops import Stopped, Stops
 
 ROOT = pathlib.Path(__file__).parents[1]
 IMAGES = dict(name="synthetic", kind="images", shape=(4, 4, 1), num_classes=3)
@@ -140,11 +141,14 @@ SLOW = """
 import os, pathlib, time
 from bigjax.data import synthetic
 def stall(where):
-  if os.environ["STALL"] == where:
+  if os.environ["STALL"] == where:  # For good.
     pathlib.Path(os.environ["STALLED"]).touch()
     time.sleep(600)
 def make():
   stall("build")
+  if os.environ["STALL"] == "step":
+    from bigjax import ledger
+    ledger.Ledger.note = lambda book, step: stall("step") if step == 5 else None
   class Slow(synthetic.Synthetic):
     fetched = 0
     def fetch(self, ids):
@@ -192,7 +196,7 @@ def test_before_there_is_something_to_save_a_request_ends_the_process_at_once(tm
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_second_signal_ends_the_process_at_once(tmp_path, number):
-  with running(tmp_path, stall="input") as (process, stalled):
+  with running(tmp_path, stall="step") as (process, stalled):
     wait_for(stalled, process)
     process.send_signal(number)
     time.sleep(1.5)
@@ -200,6 +204,105 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, number):
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
   assert process.returncode == 128 + number and "a second signal" in err
+
+
+def test_where_the_input_stands_still_for_good_a_request_is_heeded_all_the_same(tmp_path):
+  with running(tmp_path, stall="input") as (process, stalled):
+    wait_for(stalled, process)
+    time.sleep(2.0)  # Until what was made ahead is used up.
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+  assert process.returncode == 75 and time.monotonic() - asked < 20, err
+  run = record.read_run(str(tmp_path / "run"))
+  assert run["status"] == "stopped" and run["stop"]["seconds_to_save"] < 10
+  assert 20 < run["step"] <= 30 and list(kept(tmp_path / "run")) == [run["step"]]
+
+
+@pytest.mark.parametrize("at", [1, 2, 7])
+def test_a_stop_while_a_batch_does_not_come_changes_nothing(whole, tmp_path, monkeypatch, at):
+  comes, stop = threading.Event(), Stops()
+  checked = experiment.Experiment.checked
+
+  def held(run, batches):
+    for i, batch in enumerate(checked(run, batches), 1):
+      if i == at and not comes.is_set():
+        threading.Timer(0.5, stop.ask, ["the test"]).start()
+        comes.wait()
+      yield batch
+
+  monkeypatch.setattr(experiment.Experiment, "checked", held)
+  assert train.train(tiny(), str(tmp_path), stop) == "stopped"
+  assert record.read_run(str(tmp_path))["step"] == at - 1 and at - 1 in kept(tmp_path)
+  comes.set()
+  assert train.train(tiny(), str(tmp_path)) == "finished"
+  assert rows(whole) == rows(tmp_path)
+  ours, theirs = kept(tmp_path)[12], kept(whole)[12]
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+class Store:
+  """As JAX's key-value store."""
+
+  def __init__(self):
+    self.said = {}
+
+  def key_value_set(self, key, value, allow_overwrite=False):
+    assert allow_overwrite
+    self.said[key] = value
+
+  def key_value_dir_get(self, prefix):
+    return [(k, v) for k, v in self.said.items() if k.startswith(f"{prefix}/")]
+
+
+def stops_of_two(batches):
+  """What two processes' waits for these batches give (None: it waits for none), and their stops, the first asked."""
+  store, stops = Store(), [Stops(), Stops()]
+  for stop in stops:
+    stop._told, stop._saving = "stop", True
+    for _ in range(3):
+      stop.look()
+  stops[0]._why = "the test"
+  waits = [pipeline.Ahead(iter(b), 1) if b is not None else None for b in batches]
+  found = {}
+
+  def wait(i):
+    try:
+      found[i] = stops[i].awaited(waits[i])
+    except Stopped:
+      found[i] = "stopped"
+
+  threads = [threading.Thread(target=wait, args=[i]) for i, b in enumerate(batches) if b is not None]
+  for thread in threads:
+    thread.start()
+  time.sleep(0.4)
+  deciding = [threading.Thread(target=stop._decide_together, args=(store, i, 2)) for i, stop in enumerate(stops)]
+  deciding[0].start()
+  time.sleep(0.2)
+  deciding[1].start()
+  for thread in [*deciding, *threads]:
+    thread.join()
+  return found, stops
+
+
+def held(event):
+  event.wait()
+  yield "a batch"
+
+
+def test_processes_that_all_wait_for_a_batch_stop_there_together():
+  never = threading.Event()
+  found, stops = stops_of_two([held(never), held(never)])
+  assert found == {0: "stopped", 1: "stopped"} and all(s.outcome() for s in stops)
+  never.set()
+
+
+def test_where_one_does_not_wait_all_stop_at_the_next_place():
+  late = threading.Event()
+  threading.Timer(1.5, late.set).start()
+  found, stops = stops_of_two([held(late), None])
+  assert found == {0: "a batch"}
+  assert [s.look() for s in stops] == [True, True]
 
 
 def test_time_that_is_up_is_a_request(tmp_path):

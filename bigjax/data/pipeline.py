@@ -18,6 +18,7 @@ import itertools
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from bigjax.data import order
 from bigjax.errors import UserError
 
 _ORDERED = 4096  # Examples whose order is worked out at once, so that NumPy's cost a call does not count.
+_CLOSING = 10.0  # Seconds that closing waits for a thread; one whose source stands still is left alone then.
 
 Skips = tuple[tuple[int, int], ...]  # Ranges of batches of the order that no step takes, in order, none within another.
 
@@ -144,8 +146,11 @@ class Batches:
 
 def _close(generator, lock, closed):
   closed.set()
-  with lock:
-    generator.close()
+  if lock.acquire(timeout=_CLOSING / 5):  # A thread has it whose source stands still, or it is about to be free.
+    try:
+      generator.close()
+    finally:
+      lock.release()
 
 
 class Ahead:
@@ -153,26 +158,35 @@ class Ahead:
 
   def __init__(self, generator: Iterator[Any], depth: int):
     self._items, self._room, self._stopped = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+    self._abandoned = threading.Event()
     for _ in range(max(1, depth)):
       self._room.put(None)
     # The thread must not hold `self`, so that forgetting this object ends it as closing does.
     parts = (generator, self._items, self._room, self._stopped)
     thread = threading.Thread(target=_run_ahead, args=parts, name="bigjax-ahead", daemon=True)
-    self.close = weakref.finalize(self, _stop, thread, self._room, self._stopped)
+    self.close = weakref.finalize(self, _stop, thread, self._room, self._stopped, self._abandoned)
     thread.start()
 
   def __iter__(self):
     return self
 
   def __next__(self) -> Any:
+    return self.take(None)
+
+  def take(self, seconds: float | None) -> Any:
+    """Returns the next item, as `next` does; raises `queue.Empty` if it is not there within so many seconds."""
     if self._stopped.is_set():
       raise StopIteration
-    item, error = self._items.get()
+    item, error = self._items.get(timeout=seconds)
     if error is not None:
       self.close()
       raise error
     self._room.put(None)
     return item
+
+  def abandon(self) -> None:
+    """Has closing not wait for the thread, whose source stands still."""
+    self._abandoned.set()
 
   def __enter__(self):
     return self
@@ -193,11 +207,11 @@ def _run_ahead(generator, items, room, stopped):
     items.put((None, e))
 
 
-def _stop(thread, room, stopped):
+def _stop(thread, room, stopped, abandoned):
   stopped.set()
   room.put(None)
   if thread is not threading.current_thread():  # The collector of garbage runs in any thread.
-    thread.join()
+    thread.join(0 if abandoned.is_set() else _CLOSING)
 
 
 def taken(steps: np.ndarray | int, skips: Skips) -> np.ndarray:
@@ -310,16 +324,49 @@ def _planned(plan, start_step):
 
 
 def _in_order(function, items, depth, workers):
-  """Yields `function(item)` for each item, in order, `depth` of them under way in `workers` threads."""
-  pool = concurrent.futures.ThreadPoolExecutor(workers, "bigjax-data")
+  """Yields `function(item)` for each item, in order, `depth` of them under way in `workers` threads.
+
+  Python waits for the threads of an executor before it ends; a source that stands still would hold the process for
+  good. These are daemons.
+  """
+  work: queue.SimpleQueue[tuple[concurrent.futures.Future, Any] | None] = queue.SimpleQueue()
+  pool = [
+    threading.Thread(target=_work, args=(function, work), name="bigjax-data", daemon=True) for _ in range(workers)
+  ]
+
+  def submit(item):
+    future = concurrent.futures.Future()
+    work.put((future, item))
+    return future
+
+  waiting = collections.deque(submit(item) for item in itertools.islice(items, depth))
+  for thread in pool:
+    thread.start()
   try:
-    waiting = collections.deque(pool.submit(function, item) for item in itertools.islice(items, depth))
     while waiting:
       done = waiting.popleft().result()
-      waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+      waiting.extend(submit(item) for item in itertools.islice(items, 1))
       yield done
   finally:
-    pool.shutdown(cancel_futures=True)
+    for future in waiting:
+      future.cancel()
+    for _ in pool:
+      work.put(None)
+    until = time.monotonic() + _CLOSING
+    for thread in (t for t in pool if t is not threading.current_thread()):
+      thread.join(max(0.0, until - time.monotonic()))
+
+
+def _work(function, work):
+  """A thread of the pool: what it is given, until that is None."""
+  while (given := work.get()) is not None:
+    future, item = given
+    if future.set_running_or_notify_cancel():
+      try:
+        future.set_result(function(item))
+      except BaseException as e:  # The consumer's to see.
+        future.set_exception(e)
+    del given, future, item  # A batch is large.
 
 
 def _apply(ops, start, plan, epochs, ids, batch):

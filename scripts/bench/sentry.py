@@ -8,9 +8,11 @@ of the loop's thread, and what part of a step of `--step_ms` they are.
 
 import argparse
 import contextlib
+import queue
 import statistics
 import tempfile
 import time
+import types
 
 import jax.numpy as jnp
 
@@ -29,7 +31,8 @@ def main():
   compiled = lambda state, batch, key: (state, measured)
   progress = metrics.Progress(10**9, quiet=True)
   stop, step_fn = Stops(), Step(compiled, {})
-  rounds = []
+  rounds, items = [], queue.SimpleQueue()
+  batches = types.SimpleNamespace(take=lambda seconds: items.get(timeout=seconds))
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     stack.enter_context(stop.heeded())
@@ -41,8 +44,9 @@ def main():
       bare = time.thread_time() - start
       start = time.thread_time()
       for step in range(args.steps):
+        items.put(None)
         with progress.pause("input"):
-          pass
+          stop.awaited(batches)
         step_fn(None, None, None)
         with progress.pause("device"):
           measured["loss"].block_until_ready()

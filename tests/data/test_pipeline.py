@@ -1,5 +1,6 @@
 import gc
 import itertools
+import queue
 import subprocess
 import sys
 import threading
@@ -199,6 +200,27 @@ def test_closing_stops_a_consumer_in_another_thread():
   batches.close()
   consumer.join(timeout=5)
   assert seen and not consumer.is_alive() and not workers()
+
+
+def test_who_waits_hears_that_nothing_came_and_a_source_that_stands_still_holds_nobody_up():
+  comes = threading.Event()
+
+  def held():
+    yield 1
+    comes.wait()
+    yield 2
+
+  ahead = pipeline.Ahead(held(), 1)
+  assert ahead.take(60.0) == 1
+  with pytest.raises(queue.Empty):
+    ahead.take(0.05)
+  ahead.abandon()
+  begun = time.monotonic()
+  ahead.close()
+  assert time.monotonic() - begun < 5
+  with pytest.raises(StopIteration):
+    ahead.take(0.05)
+  comes.set()
 
 
 def test_batches_arrive_split_over_the_devices():
