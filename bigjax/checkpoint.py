@@ -98,12 +98,12 @@ class Checkpoints:
     """
     self._attempt(step, state, loop, metric, insist)
     if insist:
-      self._settle()
+      self.settle()
       for pause in PAUSES:
         if self._failures:
           time.sleep(pause)
           self._attempt(step, state, loop, metric, insist)
-          self._settle()
+          self.settle()
       self.wait()
 
   def owed(self) -> bool:
@@ -116,7 +116,7 @@ class Checkpoints:
     if self._saving is not None:
       if not self._saving.ended(0.0):
         return False
-      self._settle()
+      self.settle()
     return self._failures > 0 and time.monotonic() >= self._next_try
 
   def wait(self) -> None:
@@ -125,19 +125,32 @@ class Checkpoints:
     Raises:
       OSError: There is no checkpoint of what was to be saved last.
     """
-    self._settle()
+    self.settle()
     if self._failures:
       raise OSError(
         f"No checkpoint could be written to {self.directory}: {self._reason}. {self._last()}; mend that and start the "
         "same command again."
       )
 
+  def settle(self) -> None:
+    """Returns when no save is under way any more, however the last one ended: one that failed is tried again later."""
+    save, self._saving = self._saving, None
+    if save is None:
+      return
+    save.ended()
+    self._saved = save
+    if save.failure is not None:
+      self._failed(save.step, save.failure)
+    elif self._failures:
+      self._say(f"Checkpoints are written again: there is that of step {save.step}.")
+      self._failures = 0
+
   def back_to(self, before: int) -> int:
     """Has the run go on from the newest checkpoint below step `before`, those above it are removed; returns its step.
 
     Where all are later, it's the first of them, and where there is none 0. Every process has to call it.
     """
-    self._settle()
+    self.settle()
     steps = hosts.agreed(self.steps())
     target = max((s for s in steps if s < before), default=min(steps, default=0))
     if jax.process_index() == 0:
@@ -161,7 +174,7 @@ class Checkpoints:
     unsettled = [reason for reason in hosts.gathered(appended.unsettled()) if reason]
     decision = hosts.agreed(self._decide(step, insist, unsettled) if jax.process_index() == 0 else None)
     if "directory" in decision or "failure" in decision:
-      self._settle()
+      self.settle()
     if "failure" in decision:
       self._failed(step, decision["failure"])
     if "directory" in decision:
@@ -190,7 +203,7 @@ class Checkpoints:
         )
         return {}
       if jax.process_count() == 1:
-        self._settle()
+        self.settle()
     try:
       if step in self.steps():
         return {}
@@ -203,19 +216,6 @@ class Checkpoints:
       return {"directory": str(commits.begin(self._root, step, secrets.token_hex(4)))}
     except OSError as e:
       return {"failure": said(e)}
-
-  def _settle(self):
-    """Takes note of how the last save ended, once it has."""
-    save, self._saving = self._saving, None
-    if save is None:
-      return
-    save.ended()
-    self._saved = save
-    if save.failure is not None:
-      self._failed(save.step, save.failure)
-    elif self._failures:
-      self._say(f"Checkpoints are written again: there is that of step {save.step}.")
-      self._failures = 0
 
   def _failed(self, step, reason):
     self._failures, self._reason = self._failures + 1, reason
@@ -373,7 +373,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, *_) -> None:
-    self._settle() if kind else self.wait()
+    self.settle() if kind else self.wait()
 
   def _pick(self, step):
     steps = self.steps()

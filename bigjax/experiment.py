@@ -75,6 +75,8 @@ class KeepConfig:
   best: str | None = None  # And the best by this metric, "val/accuracy", saved whenever it improves.
   mode: Literal["max", "min"] = "max"
   temporary: tiers.TemporaryConfig | None = None  # And one every few minutes on a near disk.
+  # Steps wait until a save is on disk: a killed run loses at most one interval between saves, and not up to two.
+  synchronous: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -308,7 +310,7 @@ class Experiment:
 
   def predict(self, state: states.TrainState, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """What the model says of a batch; pure, for use under `jit`."""
-    with sharding.use(self.layout):
+    with sharding.use(self.division.inside):
       return self.task.predict(self.model.bind(state.params, state.extras), batch)
 
   def checked(self, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:

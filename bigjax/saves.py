@@ -1,4 +1,11 @@
-"""When a run's state is saved, to which tier, and what has to be on disk before it."""
+"""When a run's state is saved, to which tier, and what has to be on disk before it.
+
+A save is asynchronous: the state is copied off the devices, and written while steps go on. The next one waits until the
+last is complete. So a run that is killed has lost the steps since the last save that was complete: less than one
+interval and those taken while one was being written, two intervals at most (where a disk takes longer than
+`checkpoint.PATIENCE` beyond that, the run goes on and the bound is gone). With `config.keep.synchronous` no step begins
+before a save is complete, or has failed: one interval at most, at the cost of the time that writing takes.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +61,9 @@ class Saves:
         self._checkpoints.save(step, *self._kept(state, watch), watch.metric_at(step), insist=insist)
       else:
         self._temporary.save(step, *self._kept(state, watch))
+      if self._run.config.keep.synchronous:
+        self._checkpoints.settle()
+        self._temporary.settle()
     self._after()
 
   def amend(self, step: int, state: Any, watch: Watch) -> None:

@@ -67,6 +67,9 @@ class Off:
     """Returns the checkpoints that the run goes on from: these, or the permanent ones."""
     return checkpoints
 
+  def settle(self) -> None:
+    """Returns when none is being written, which is at once."""
+
   def clear(self) -> None:
     """Removes those there are, which is none."""
 
@@ -127,6 +130,10 @@ class Temporary:
       record.write_json(self._mark, {"started": _started(self._workdir)})
     self._saved = time.monotonic()
     self._checkpoints.save(step, state, loop)
+
+  def settle(self) -> None:
+    """Returns when none is being written any more."""
+    self._checkpoints.settle()
 
   def clear(self) -> None:
     """Removes them: there is a newer permanent one."""

@@ -45,7 +45,7 @@ PROGRAM = """
       limit(512)
     start = time.monotonic()
     checkpoints.save(20, state_of(20), {"at": 20})
-    checkpoints._settle()
+    checkpoints.settle()
     found["seconds to know of a failure"] = time.monotonic() - start
     found["after a failure"] = checkpoints.steps()
     limit(resource.RLIM_INFINITY)

@@ -15,6 +15,7 @@ import pytest
 from bigjax import commits, experiment, metrics, record, tiers, train
 from bigjax import config as configs
 from bigjax.errors import UserError
+from bigjax.stops import Stops
 
 ROOT = pathlib.Path(__file__).parents[1]
 IMAGES = dict(name="synthetic", kind="images", num_examples=40, shape=(4, 4, 1), num_classes=3)
@@ -107,6 +108,37 @@ def test_what_is_no_time_is_refused(every):
   with pytest.raises(UserError, match="config.keep.temporary.every.*'5m'"):
     tiers.TemporaryConfig(directory="x", every=every)
   assert tiers.TemporaryConfig(directory="x", every="1.5 h").seconds == 5400
+
+
+class Looks(Stops):
+  """Remembers the newest checkpoint there was when each step was done."""
+
+  def __init__(self, workdir):
+    super().__init__()
+    self.workdir, self.newest = workdir, []
+
+  def look(self):
+    found = (int(p.name) for p in (self.workdir / "checkpoints").iterdir() if p.name.isdigit())
+    self.newest.append(max(found, default=0))
+    return super().look()
+
+
+@pytest.mark.parametrize("synchronous", [False, True])
+def test_where_saves_are_synchronous_no_step_begins_before_the_last_one_is_on_disk(tmp_path, monkeypatch, synchronous):
+  commit = commits.commit
+
+  def slow(*args):
+    time.sleep(0.3)
+    return commit(*args)
+
+  monkeypatch.setattr(commits, "commit", slow)
+  looks = Looks(tmp_path)
+  config = copy.deepcopy(TINY) | dict(checkpoint_every=3, keep=dict(synchronous=synchronous))
+  assert train.train(configs.resolve(config, experiment.TrainConfig), str(tmp_path), looks) == "finished"
+  at_once = [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9]
+  assert looks.newest == at_once if synchronous else looks.newest != at_once
+  lost = [step - newest for step, newest in enumerate(looks.newest, 1)]
+  assert max(lost) <= (3 if synchronous else 6)
 
 
 @pytest.mark.slow
