@@ -15,13 +15,24 @@ from bigjax.errors import UserError, suggest
 MOMENTS = ("start", "compile", "restore", "input", "step", "eval", "save", "commit", "end")
 # What strikes a process where it is; and what happens to its files after a SIGKILL.
 SIGNALS = ("SIGTERM", "SIGINT", "SIGKILL")
-LIVE = (*SIGNALS, "freeze", "NaN", "slow input", "stalled input", "disk full", "disk full a while")
+LIVE = (
+  *SIGNALS,
+  "freeze",
+  "NaN",
+  "slow input",
+  "stalled input",
+  "SIGTERM in a stall",
+  "disk full",
+  "disk full a while",
+)
 FILES = ("flip", "truncate", "delete", "torn line", "torn record")
 KINDS = LIVE + FILES
+ALL_AT_ONCE = SIGNALS + FILES
 AT = {
   "NaN": ("input",),
   "slow input": ("input",),
   "stalled input": ("input",),
+  "SIGTERM in a stall": ("input",),  # Of one process's input, to all.
   "disk full": ("step", "eval", "save", "commit"),
   "disk full a while": ("step", "eval", "save", "commit"),
 }  # Others strike anywhere.
@@ -36,12 +47,12 @@ class Fault:
   moment: str
   count: int  # The how manieth time the moment comes in this start, from 1.
   delay: float  # Seconds after the moment.
-  processes: tuple[int, ...]  # Those that are struck.
+  processes: tuple[int, ...]  # Those that are struck, at one moment: that of the first.
 
   def __str__(self) -> str:
-    several = "es" if len(self.processes) > 1 else ""
+    several = f", all {len(self.processes)} at once" if len(self.processes) > 1 else ""
     late = f" and {self.delay:.2f} s" if self.delay else ""
-    return f"{self.kind} at {self.moment} {self.count}{late}, process{several} {', '.join(map(str, self.processes))}"
+    return f"{self.kind} at {self.moment} {self.count}{late}, process {self.processes[0]}{several}"
 
 
 def draw(rng: random.Random, kinds: Sequence[str], processes: int, steps: int) -> Fault:
@@ -64,10 +75,11 @@ def draw(rng: random.Random, kinds: Sequence[str], processes: int, steps: int) -
   count = rng.randint(1, counts.get(moment, 1))
   # Imports and the like take seconds, and have no moments of their own.
   delay = rng.uniform(0, {"start": 5.0, "compile": 0.5}.get(moment, 0.05)) if rng.random() < 0.5 else 0.0
-  one = (rng.randrange(processes),)
-  # Both at once is a machine, or a scheduler, that ends all. Only process 0 completes checkpoints.
-  struck = (0,) if moment == "commit" else tuple(range(processes)) if kind in SIGNALS and rng.random() < 0.3 else one
-  return Fault(kind, moment, count, delay, struck)
+  first = 0 if moment == "commit" else rng.randrange(processes)  # Only process 0 completes checkpoints.
+  # All at once is a scheduler that ends the job, or power that goes.
+  all_at_once = kind == "SIGTERM in a stall" or (kind in ALL_AT_ONCE and rng.random() < 0.5)
+  others = tuple(i for i in range(processes) if i != first and all_at_once)
+  return Fault(kind, moment, count, delay, (first, *others))
 
 
 def damage(kind: str, workdir: str, rng: random.Random) -> str | None:

@@ -6,6 +6,7 @@ and when is written to the file that the fault's description names, one JSON a l
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -38,7 +39,7 @@ class _Strike:
   """Counts moments, and strikes at the one that is meant."""
 
   def __init__(self, described):
-    self._fault, self._log = described.get("fault"), described["log"]
+    self._fault, self._log, self._pids = described.get("fault"), described["log"], described.get("pids")
     self._seen: dict[str, int] = {}
     self._lock = threading.Lock()
     self.step: int | None = None  # The last one that was taken.
@@ -70,7 +71,7 @@ class _Strike:
     kind = fault["kind"]
     self.note(struck=kind, step=self.step)
     if kind in ("SIGTERM", "SIGINT", "SIGKILL"):
-      os.kill(os.getpid(), getattr(signal, kind))
+      self._send(getattr(signal, kind), fault["processes"])
       if fault["moment"] == "input":  # The loop waits for what is slow just then.
         time.sleep(A_WHILE)
     elif kind == "freeze":
@@ -81,6 +82,11 @@ class _Strike:
       time.sleep(A_WHILE)
     elif kind == "stalled input":
       time.sleep(3600)
+    elif kind == "SIGTERM in a stall":
+      timer = threading.Timer(1.0, self._send, [signal.SIGTERM, fault["processes"]])
+      timer.daemon = True
+      timer.start()
+      time.sleep(3600)
     elif kind.startswith("disk full"):
       before = resource.getrlimit(resource.RLIMIT_FSIZE)
       resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, before[1]))
@@ -89,7 +95,19 @@ class _Strike:
         timer.daemon = True
         timer.start()
     else:  # Files are damaged once the process is gone.
-      os.kill(os.getpid(), signal.SIGKILL)
+      self._send(signal.SIGKILL, fault["processes"])
+
+  def _send(self, number, processes):
+    """Sends a signal to this process, and to the others that are to have it at the same moment, first."""
+    if len(processes) > 1:
+      while not os.path.exists(self._pids):  # It is written once all are started.
+        time.sleep(0.001)
+      with open(self._pids, encoding="utf-8") as f:
+        pids = json.load(f)
+      for pid in (pids[i] for i in processes if pids[i] != os.getpid()):
+        with contextlib.suppress(ProcessLookupError):  # It is done.
+          os.kill(pid, number)
+    os.kill(os.getpid(), number)
 
 
 def install(strike: _Strike) -> None:

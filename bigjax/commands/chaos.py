@@ -39,7 +39,12 @@ def main(argv: list[str]) -> int:
     metavar="PxD",
     help="start in turn with P processes of D devices as well; needs determinism='topology' or --tolerance",
   )
-  parser.add_argument("--tolerance", type=float, default=0.0, help="relative, of states in the end")
+  parser.add_argument(
+    "--tolerance",
+    type=float,
+    default=0.0,
+    help="relative, of states in the end; what has no gradient but rounding noise is left out, and said",
+  )
   parser.add_argument(
     "--eval_tolerance",
     type=float,

@@ -9,17 +9,20 @@ save, and it leaves at once. The input takes 2 s where the signal comes while th
 """
 
 import argparse
+import dataclasses
 import os
 import statistics
 import sys
 import tempfile
 
+FOR_GOOD = "input that stands still for good"
 MOMENTS = {  # Which one, how often it comes first, and seconds after it.
   "importing": ("start", 1, (0.5, 1.0, 1.5, 2.0, 2.5)),
   "compiling": ("compile", 1, (0.0, 0.2, 0.5, 1.0, 2.0)),
   "restoring": ("restore", 1, (0.0, 0.01, 0.02, 0.05, 0.1)),
   "between steps": ("step", 7, (0.0,) * 5),
   "waiting for input": ("input", 9, (0.0,) * 5),
+  FOR_GOOD: ("input", 9, (0.0,) * 5),
   "evaluating": ("eval", 1, (0.0, 0.01, 0.03, 0.1, 0.2)),
   "beginning to save": ("save", 1, (0.0,) * 5),
   "writing a checkpoint": ("commit", 2, (0.0, 0.005, 0.01, 0.02, 0.03)),
@@ -54,8 +57,9 @@ def main(argv):
       continue
     for i in range(args.times):
       number += 1
-      fault = faults.Fault("SIGTERM", moment, count, delays[i % len(delays)], (0,))
-      start = run.start(workdir, number, fault, (1, 1))
+      kind, late = ("SIGTERM in a stall", 1.0) if name == FOR_GOOD else ("SIGTERM", 0.0)
+      start = run.start(workdir, number, faults.Fault(kind, moment, count, delays[i % len(delays)], (0,)), (1, 1))
+      start = dataclasses.replace(start, time=start.time + late, leaving=start.leaving - late)
       starts.append(start)
       saved += [newest(workdir) - start.time] if start.codes == (75,) and newest(workdir) > start.time else []
     codes = ", ".join(sorted({str(c) for s in starts for c in s.codes}))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from bigjax.chaos import faults, harness
@@ -48,9 +49,10 @@ def test_every_kind_and_moment_and_process_comes():
   found = drawn(0, 600)
   assert {f.kind for f in found} == set(faults.KINDS)
   assert {f.moment for f in found} == set(faults.MOMENTS)
-  assert {f.processes for f in found} == {(0,), (1,), (0, 1)}
+  assert {f.processes for f in found} == {(0,), (1,), (0, 1), (1, 0)}
+  assert {f.kind for f in found if len(f.processes) > 1} == {*faults.ALL_AT_ONCE, "SIGTERM in a stall"}
   assert all(1 <= f.count <= 9 for f in found if f.moment in ("input", "step"))
-  assert all(f.processes == (0,) for f in found if f.moment == "commit")
+  assert all(f.processes[0] == 0 for f in found if f.moment == "commit")
 
 
 def test_alone_nothing_freezes_as_nobody_would_notice():
@@ -92,13 +94,28 @@ def test_the_only_checkpoint_is_not_damaged(tmp_path):
 
 
 def test_a_fault_strikes_at_its_moment(config, tmp_path):
-  described = dict(fault=dict(kind="SIGKILL", moment="step", count=3, delay=0.0), log=str(tmp_path / "log"))
+  described = dict(
+    fault=dict(kind="SIGKILL", moment="step", count=3, delay=0.0, processes=(0,)), log=str(tmp_path / "log")
+  )
   (tmp_path / "fault.json").write_text(json.dumps(described))
   command = [sys.executable, "-m", "bigjax.chaos.worker", str(tmp_path / "fault.json"), "train", f"--config={config}"]
   done = subprocess.run([*command, f"--workdir={tmp_path / 'run'}"], capture_output=True, text=True)
   assert done.returncode == -signal.SIGKILL, done.stderr
   start, struck = map(json.loads, (tmp_path / "log").read_text().splitlines())
   assert start["start"] == 0 and (struck["struck"], struck["step"]) == ("SIGKILL", 3)
+
+
+def test_all_processes_are_struck_at_the_moment_of_the_first(tmp_path):
+  with subprocess.Popen(["sleep", "60"]) as other:
+    fault = dict(kind="SIGKILL", moment="start", count=1, delay=0.0, processes=(1, 0))
+    (tmp_path / "fault.json").write_text(
+      json.dumps(dict(fault=fault, log=str(tmp_path / "log"), pids=str(tmp_path / "pids")))
+    )
+    command = [sys.executable, "-m", "bigjax.chaos.worker", str(tmp_path / "fault.json"), "train"]
+    with subprocess.Popen(command) as first:
+      (tmp_path / "pids.tmp").write_text(json.dumps([other.pid, first.pid]))
+      os.replace(tmp_path / "pids.tmp", tmp_path / "pids")
+    assert (first.returncode, other.wait()) == (-signal.SIGKILL, -signal.SIGKILL)
 
 
 def start(fault=None, codes=(0,), **said):
@@ -147,6 +164,18 @@ def test_a_harness_that_was_cut_off_goes_on_after_the_last_run_that_was_compared
     harness.Book(str(tmp_path), {"seed": 1})
 
 
+def test_where_places_differ_what_has_no_gradient_but_noise_is_left_out_and_said():
+  said = []
+  run = harness.Harness(config="", overrides=[], out="", places=[(1, 1)], limit=1.0, tolerance=1e-4, say=said.append)
+  one = np.ones(4, np.float32)
+  state = {"params/bias": one, "opt_state/0/nu/bias": np.float32([1e-4, 1e-19, 1e-5, 0]), "params/other": one}
+  noise = harness._noise(state)
+  same = lambda name, changed: run._same(name, one, one + 0.1 * np.eye(4, dtype=np.float32)[changed], noise)
+  assert [same("params/bias", i) for i in range(4)] == [False, True, False, False]
+  assert not same("params/other", 1)
+  assert len(said) == 1 and said[0].startswith("    left out: 1 of 4 of params/bias")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_recovers_from_every_kind_of_fault(config, tmp_path, processes):
@@ -166,6 +195,22 @@ def test_who_is_killed_on_the_way_out_holds_nobody_up(config, tmp_path, killed):
   run = harness.Harness(config=config, overrides=[], out=str(tmp_path), places=[(2, 1)], limit=100.0)
   start = run.start(str(tmp_path / "run"), 0, faults.Fault("SIGKILL", "end", 1, 0.0, (killed,)), (2, 1))
   assert start.codes[killed] == -signal.SIGKILL and start.codes[1 - killed] in (0, 76) and start.leaving < 40
+
+
+@pytest.mark.slow
+def test_neither_does_it_of_an_evaluation(config, tmp_path):
+  workdir = tmp_path / "run"
+  subprocess.run([sys.executable, "-m", "bigjax", "train", f"--config={config}", f"--workdir={workdir}"], check=True)
+  started, port = [], harness._free_port()
+  for i in range(2):
+    fault = dict(kind="SIGKILL", moment="end", count=1, delay=0.0, processes=(1,)) if i == 1 else None
+    (tmp_path / f"{i}.json").write_text(json.dumps(dict(fault=fault, log=str(tmp_path / f"{i}.log"))))
+    command = [sys.executable, "-m", "bigjax.chaos.worker", str(tmp_path / f"{i}.json"), "eval", f"--workdir={workdir}"]
+    flags = [f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={i}", "--peer_timeout=15"]
+    started.append(subprocess.Popen([*command, *flags], env=os.environ | {"JAX_PLATFORMS": "cpu"}))
+  assert started[1].wait(timeout=200) == -signal.SIGKILL
+  assert started[0].wait(timeout=40) in (0, 76)
+  assert (workdir / "eval-00000012.json").exists()
 
 
 @pytest.mark.slow
