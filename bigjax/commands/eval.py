@@ -18,10 +18,14 @@ def main(argv: list[str]) -> int:
   peers.add_flags(parser)
   args, overrides = parser.parse_known_args(argv)
   with workdirs.opened(args.workdir) as workdir:
-    return _measure(args, overrides, workdir)
+    _measure(args, overrides, workdir)
+  from bigjax import hosts
+
+  hosts.goodbye(0)
+  return 0
 
 
-def _measure(args, overrides, workdir) -> int:
+def _measure(args, overrides, workdir) -> None:
   record.read_config(workdir)  # A directory that holds no run is said so before anything else.
   config = configs.read(os.path.join(workdir, "config.json"), overrides)
 
@@ -38,4 +42,3 @@ def _measure(args, overrides, workdir) -> int:
       print(f"step {step:,} of {args.workdir}")
       print("\n".join(f"  {k:<{width}}  {v:.6g}" for k, v in results.items() if isinstance(v, int | float)))
       record.write_json(os.path.join(workdir, f"eval-{step:08d}.json"), results)
-  return 0
