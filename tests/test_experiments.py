@@ -21,6 +21,7 @@ VARIANTS = {
   "mnist_cnn": ["small", "deep"],
   "mnist1d": ["linear", "mlp", "cnn", "gru"],
   "binary_mlp": ["fold=1,folds=5"],
+  "gutenberg": ["books", "python"],
 }
 # Batches of 12 or 100 examples can't be split over the tests' eight devices, so these hold copies.
 OVERRIDES = [
@@ -75,8 +76,7 @@ def resolve(file, variant, data):
   arguments += [f"data={data}"] if 'data="data"' in source else []
   arguments += [f"text={data / 'tinyshakespeare.txt'}"] if " text=" in source else []
   arguments += [f"tokens={data / 'store'}"] if "tokens=" in source else []
-  arguments += [f"books={data}"] if "books=" in source else []
-  arguments += [f"code={data}"] if "code=" in source else []
+  arguments += [f"folder={data}"] if "folder=" in source else []
   spec = f"{file}:{','.join(arguments)}" if arguments else str(file)
   # What is too large for one device says itself how it's spread.
   overrides = OVERRIDES[:1] if "tokens=" in source else OVERRIDES
