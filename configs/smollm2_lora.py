@@ -13,7 +13,7 @@ Before    bigjax train --config=configs/smollm2_lora.py --workdir=runs/prose --c
           --config.schedule.peak=1e-12 --config.schedule.warmup=0    (adapters that add nothing yet)
           bigjax generate --weights=data/smollm2 --prompt="Of Man's first disobedience, and the fruit" --temperature=0
 Data      NLTK's selection of Project Gutenberg; weights of HuggingFaceTB/SmolLM2-135M-Instruct, 4 bits, Apache-2.0
-Hardware  2 CPU cores, under 6 minutes
+Hardware  2 CPU cores, 193 s of CPU time
 Expected  perplexity on the twelfth book 80.2 before and 52.4 after, 1.742 and 1.573 bits a byte
 Source    our own runs
 """
