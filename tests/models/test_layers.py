@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bigjax import precision
 from bigjax.errors import UserError
 from bigjax.models import layers
 
@@ -25,6 +26,27 @@ def test_stochastic_depth_drops_whole_examples():
   assert (x == x[:, :1]).all()
   np.testing.assert_allclose(np.unique(x), [0, 1 / 0.6], rtol=1e-6)
   assert abs((x[:, 0] == 0).mean() - 0.4) < 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_to_and_from_heads_are_the_same_split_up_or_in_a_row(dtype, monkeypatch):
+  make = lambda *sizes: layers.Dense(*sizes, dtype=layers.DTYPES[dtype], rngs=nnx.Rngs(0))
+  split = lambda dense: nnx.split(precision.summed(dense), nnx.Param)
+  (first, into), (last, out) = split(make(12, 24)), split(make(24, 12))
+  x = jax.random.normal(jax.random.key(1), (2, 5, 12))
+
+  def value(into, out, x):
+    heads = nnx.merge(first, into).to_heads(x, 4)
+    assert heads.shape == (2, 5, 4, 6)
+    return (nnx.merge(last, out).from_heads(jnp.tanh(heads)).astype(jnp.float32) ** 2).sum()
+
+  row = jax.value_and_grad(value, argnums=(0, 1, 2))(into, out, x)
+  monkeypatch.setattr(layers.blockwise, "platform", lambda: "tpu")
+  by_head = jax.value_and_grad(value, argnums=(0, 1, 2))(into, out, x)
+  program = str(jax.make_jaxpr(jax.grad(value, argnums=(0, 1, 2)))(into, out, x))
+  assert "f32[12,4,6]" in program and "f32[4,6,12]" in program  # Gradients of kernels stay float32 here as well.
+  tolerance = dict(float32=1e-5, bfloat16=2e-2)[dtype]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), row, by_head)
 
 
 class AddRate(nnx.Module):
@@ -122,7 +144,7 @@ def test_a_policy_names_the_tensors_that_the_backward_pass_does_not_compute_agai
   )
   said = capsys.readouterr().out
   assert [said.count(f"named '{name}'") for name in layers.NAMED] == [2 * (name in kept) for name in layers.NAMED]
-  assert said.count("<host>[2,3,24]") == 2 * ("offload(qkv)" in remat)
+  assert said.count("<host>[2,3,6,4]") == 2 * ("offload(qkv)" in remat)
 
 
 @pytest.mark.parametrize(
