@@ -420,11 +420,10 @@ def _layout(config, devices):
 
 
 def _roles(model):
-  """The tables of the model's file that say which dimensions tensor and expert parallelism split."""
+  """The tables of the model's file that say which dimensions the strategies split."""
   file = sys.modules[model.factory.__module__]
-  return {
-    axis: getattr(file, table) for axis, table in (("tensor", "TENSOR"), ("expert", "EXPERT")) if hasattr(file, table)
-  }
+  tables = (("tensor", "TENSOR"), ("expert", "EXPERT"), ("fsdp", "FSDP"))
+  return {strategy: getattr(file, table) for strategy, table in tables if hasattr(file, table)}
 
 
 def _clock(config, data, batch):

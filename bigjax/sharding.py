@@ -143,7 +143,7 @@ def _replicated(leaf, mesh, taken):
 
 
 def _fsdp(leaf, mesh, taken, *args):
-  """Splits the largest dimension left that the axes divide (ZeRO-3): data, and expert and seq where there are any.
+  """Splits the model's choice or the largest dimension left that the axes divide (ZeRO-3): data, expert and seq.
 
   Arguments: axes, and the size in elements below which an array is left whole.
   """
@@ -157,7 +157,7 @@ def _fsdp(leaf, mesh, taken, *args):
   free = [i for i in range(leaf.layers - len(leaf.shape), 0) if i not in taken]
   while axes:
     parts = math.prod(mesh.shape[a] for a in axes)
-    for i in sorted(free, key=lambda i: -leaf.shape[i]):
+    for i in sorted(free, key=lambda i: (i != leaf.roles.get("fsdp"), -leaf.shape[i])):
       if leaf.shape[i] % parts == 0:
         return {i: axes[0] if len(axes) == 1 else tuple(axes)}
     axes = axes[:-1]

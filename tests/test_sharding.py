@@ -57,6 +57,13 @@ def test_dimensions_count_from_the_right_so_a_scanned_stack_needs_no_rule(mesh):
   assert found["k"].spec == P(None, "tensor", None)
 
 
+def test_fsdp_splits_the_dimension_that_the_model_names_and_another_where_that_does_not_divide(mesh):
+  tables = {"embed": {"embedding": leaf(1024, 64)}, "odd": {"embedding": leaf(1024, 63)}}
+  found = sharding.shard_tree(tables, "fsdp", mesh, roles={"fsdp": ((r".*/embedding", -1),)})
+  assert found["embed"]["embedding"].spec == P(None, "data")
+  assert found["odd"]["embedding"].spec == P("data", None)
+
+
 def test_fsdp_leaves_small_arrays_whole_and_skips_what_does_not_divide(mesh):
   found = sharding.shard_tree({"a": leaf(8), "b": leaf(1025, 64)}, [(".*", "fsdp(data)")], mesh)
   assert found["a"].spec == P(None) and found["b"].spec == P(None, "data")

@@ -34,6 +34,8 @@ TENSOR = (
   (r"(token_embed|head)/embedding", -2),
 )
 EXPERT = moe.EXPERT
+# Every device looks the columns that it has up for all tokens, and these are exchanged: far less than the whole table.
+FSDP = ((r"token_embed/embedding", -1),)
 
 
 class Period(nnx.Module):

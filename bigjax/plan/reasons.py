@@ -88,7 +88,19 @@ def judge_all(collectives: Sequence[Collective], intent: Intent) -> list[Verdict
 
 def judge(collective: Collective, intent: Intent) -> Verdict:
   """Returns whether `intent` explains the collective, and how, or what is suspicious."""
-  rules = (_small, _of_the_state, _gradients, _update, _statistics, _stages, _sequence, _experts, _tensor, _windows)
+  rules = (
+    _small,
+    _columns,
+    _of_the_state,
+    _gradients,
+    _update,
+    _statistics,
+    _stages,
+    _sequence,
+    _experts,
+    _tensor,
+    _windows,
+  )
   verdicts = (rule(collective, frozenset(collective.axes), intent) for rule in rules)
   if found := next((v for v in verdicts if v is not None), None):
     return found
@@ -109,9 +121,27 @@ def _small(c, over, intent):
   return None
 
 
+def _columns(c, over, intent):
+  """A table whose columns are split: each device looks its own up for the tokens of all."""
+  tables = (leaf for name, leaf in intent.leaves.items() if name.startswith("params/") and name.endswith("embedding"))
+  if "_take" not in c.op_name or not any(t.axes & over and t.part[-1] < t.shape[-1] for t in tables):
+    return None
+  if c.kind == "all-to-all":
+    return Verdict(True, "columns of a table for the tokens of all, exchanged for rows of one's own")
+  if c.kind in ("all-reduce", "all-gather") and all(a.dtype in ("s32", "u32") for a in c.arrays):
+    return Verdict(True, "the tokens of all, for whom keeps some columns of a table")
+  return None
+
+
 def _of_the_state(c, over, intent):
   """A gather of what the step was given."""
   name = path(c.origin)
+  large = [a for a in c.arrays if a.bytes > SMALL]
+  if c.kind == "all-reduce" and c.phase in ("forward", "recompute") and not over & _model(intent):
+    if any(f.function.endswith("_Groups.sum") for f in c.stack):
+      return Verdict(True, "gradients of the head, summed over the batch after the last part of the logits")
+    if all(any(_gathered(a, leaf, over, intent, False) for leaf in intent.alike(a)) for a in large):
+      return Verdict(True, "parameters, gathered for use (FSDP), by adding zeros, as the compiler does with small ones")
   if c.kind != "all-gather":
     return None
   leaf = intent.leaves.get(name)
@@ -121,7 +151,6 @@ def _of_the_state(c, over, intent):
     return Verdict(False, f"gathers {c.origin}: every device reads examples of the others")
   if leaf is None:
     rows = re.search(r"_take|gather|dynamic_slice", c.op_name) is not None  # Of a table, looked up and then gathered.
-    large = [a for a in c.arrays if a.bytes > SMALL]
     whole = all(any(_gathered(a, leaf, over, intent, rows) for leaf in intent.alike(a)) for a in large)
     return (
       Verdict(True, "parameters, gathered for use (FSDP)")

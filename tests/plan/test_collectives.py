@@ -330,6 +330,17 @@ def test_every_axis_has_its_reasons(axes, call, expected, words):
   assert verdict.expected == expected and words in verdict.why
 
 
+def test_columns_of_a_table_are_looked_up_for_the_tokens_of_all_where_it_is_split_so():
+  mesh = sharding.make_mesh([("data", 8)])
+  where = dict(op_name="jit(step)/jvp(jit(_take))/gather")
+  exchanged = lambda *spec: judged("all-to-all", ("data",), (2, 64, 8, 8), mesh, leaves=[TABLE + spec], **where)
+  assert exchanged(None, "data").expected and "columns" in exchanged(None, "data").why
+  assert not exchanged("data", None).expected
+
+
+TABLE = ("params/embed/embedding", (256, 64))
+
+
 def test_whole_matrices_in_the_update_are_muons_business():
   mesh = sharding.make_mesh([("data", 8)])
   arguments = dict(phase="update", op_name="jit(step)/dot_general", leaves=[("params/w", (64, 64), "data")])
