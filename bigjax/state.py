@@ -75,6 +75,7 @@ class Model:
     module = nnx.merge(self._graphdef, _numbered(own), _numbered(kept))
     summed = precision.summed if self.exact else lambda module: module
     module = summed(quantize.applied(module, self.products))
+    module.sums = jnp.float32 if self.exact else jnp.bfloat16
     return module if self.adapters is None else summed(self.adapters.attached(module, wide, key))
 
   def extras(self, module: nnx.Module, before: PyTree) -> PyTree:

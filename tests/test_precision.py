@@ -144,6 +144,21 @@ def test_gradients_of_kernels_are_added_up_in_float32_unless_half_the_bytes_are_
   assert len(narrow) == (5 if isinstance(word, dict) else 6)
 
 
+@pytest.mark.parametrize(
+  ("word", "dtype"), [("mixed", "float32"), (dict(mode="mixed", gradients="bfloat16"), "bfloat16")]
+)
+def test_the_gradient_of_the_head_of_logits_in_chunks_is_added_up_over_devices_in_the_type_asked_for(word, dtype):
+  decoder = dict(name="decoder", vocab_size=32, context=8, width=16, depth=1, heads=2, mlp_dim=16)
+  task = dict(name="language_modeling", loss_chunks=2)
+  tokens = dict(source=dict(name="synthetic", kind="tokens", length=8))
+  run = built(model=decoder, task=task, data=tokens, precision=word, mesh=(("data", 8),))
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  with jax.set_mesh(run.mesh):
+    jaxpr = jax.make_jaxpr(train.make_step(run))(run.abstract, dict(run.batch), key)
+  summed = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "reduce_sum"]
+  assert [str(e.invars[0].aval.dtype) for e in summed if e.invars[0].aval.shape == (8, 32, 16)] == [dtype]
+
+
 def equations(jaxpr):
   for equation in jaxpr.eqns:
     yield equation

@@ -44,10 +44,10 @@ def cross_entropy(
 def correct(logits: Float[Array, "*batch classes"], labels: Integer[Array, "*batch"]) -> Bool[Array, "*batch"]:
   """Returns whether the largest logit (the first of equals, as argmax) is the label's; False where logits are NaN."""
   # argmax reduces pairs, which XLA does not vectorise on a CPU: it cost half as much again as the whole loss and its
-  # gradient over 8,192 classes. Two plain reductions find the same index.
-  index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-  first = jnp.where(logits >= logits.max(-1, keepdims=True), index, logits.shape[-1]).min(-1)
-  return first == labels
+  # gradient over 8,192 classes. A sum of floats is made in one pass with the log-normaliser's, as a least index isn't.
+  index, own = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1), labels[..., None].astype(jnp.int32)
+  found = jnp.where(index < own, 2.0, jnp.where(index == own, 1.0, 0.0))
+  return jnp.where(logits >= logits.max(-1, keepdims=True), found, 0.0).sum(-1) == 1
 
 
 def in_chunks(
@@ -57,6 +57,7 @@ def in_chunks(
   labels: Integer[Array, "batch seq"],
   weight: Float[Array, "batch seq"],
   chunks: int,
+  sums: Any = jnp.float32,
 ) -> tuple[Float[Array, ""], Any]:
   """Returns the weighted sum of `losses(unembed(hidden), labels)` and its metrics, a part of the sequence at a time.
 
@@ -75,6 +76,7 @@ def in_chunks(
     labels: The classes.
     weight: Of each loss; 0 leaves it out, be it finite or not.
     chunks: Number of parts; divides the sequence.
+    sums: The type that gradients of parameters are added up over devices in; over parts it is float32.
   """
   groups = _Groups.of(sharding.current(), len(hidden))
   split = lambda a: groups.split(jnp.moveaxis(a.reshape(len(a), -1, chunks, *a.shape[2:]), 2, 0))
@@ -119,7 +121,10 @@ def in_chunks(
     (total, gradient), (d_hidden, metrics) = jax.lax.scan(
       body, (jnp.float32(0), zeros), (split(hidden), labels, weight)
     )
-    return (total, metrics), (params, jax.tree.map(groups.sum, gradient), d_hidden)
+    gradient = jax.tree.map(lambda g: groups.sum(g, sums), gradient)
+    if groups.ways > 1:  # Before the backward pass goes on, or what each device has added up is kept until its end.
+      gradient, d_hidden = jax.lax.optimization_barrier((gradient, d_hidden))
+    return (total, metrics), (params, gradient, d_hidden)
 
   def backward(kept, slopes):
     params, gradient, d_hidden = kept
@@ -189,5 +194,11 @@ class _Groups:
       jnp.zeros((self.ways, *shape), dtype), NamedSharding(self.layout.mesh, spec)
     )
 
-  def sum(self, a):
-    return a if self.ways == 1 else a.sum(axis=0)
+  def sum(self, a, dtype):
+    """Adds groups up; each device gets a part, whichever it keeps of the parameter, unless nothing divides it."""
+    if self.ways == 1:
+      return a
+    total = jax.lax.reduce_sum(a.astype(dtype), (0,))  # jnp.sum would widen it again.
+    dims = [i for i in range(total.ndim) if total.shape[i] % self.ways == 0 and (i or self.layout.size("vocab") == 1)]
+    spec = [self.layout.axes("batch") if i == min(dims, default=None) else P.UNCONSTRAINED for i in range(total.ndim)]
+    return jax.lax.with_sharding_constraint(total, NamedSharding(self.layout.mesh, P(*spec)))

@@ -60,7 +60,8 @@ class PerToken:
       return Sums.of(losses, weight=weight, **metrics).plus(penalties)
     self._check_chunks(hidden)
     losses = lambda logits, target: self._losses(logits, target, bool(penalties))
-    total, metrics = in_chunks(module.unembed, losses, hidden, target, weight, self.loss_chunks)
+    sums = getattr(module, "sums", jnp.float32)
+    total, metrics = in_chunks(module.unembed, losses, hidden, target, weight, self.loss_chunks, sums)
     sums = Sums.of(jnp.zeros(target.shape), weight=weight, **metrics)
     return dataclasses.replace(sums, sums=sums.sums | {"loss": total}).plus(penalties)
 
