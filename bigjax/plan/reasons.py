@@ -72,7 +72,7 @@ class Intent:
     return frozenset(a for word in words for a in self.layout.axes(word))
 
   def alike(self, array: hlo.Array, kind: str = "params/") -> list[Leaf]:
-    """The leaves that an array may be, or be the gradient of: a layer of it, a part of it, transposed or not."""
+    """The leaves that an array may be, or be the gradient of: a layer of it, a part, transposed, or by head."""
     return [leaf for name, leaf in self.leaves.items() if name.startswith(kind) and _may_be(array.dims, leaf.shape)]
 
 
@@ -297,9 +297,11 @@ def _gathered(array, leaf, over, intent, rows) -> bool:
 
 def _may_be(dims, shape) -> bool:
   dims = [d for d in dims if d > 1]
-  shapes = ([s for s in shape[start:] if s > 1] for start in range(min(3, max(1, len(shape)))))  # Layers lead.
+  by_head = [[*dims[:i], dims[i] * dims[i + 1], *dims[i + 2 :]] for i in range(len(dims) - 1)]  # One dimension in two.
+  shapes = [[s for s in shape[start:] if s > 1] for start in range(min(3, max(1, len(shape))))]  # Layers lead.
   return any(
-    len(dims) == len(whole) <= 5
-    and any(all(w % d == 0 for w, d in zip(order, dims, strict=True)) for order in itertools.permutations(whole))
+    len(found) == len(whole) <= 5
+    and any(all(w % d == 0 for w, d in zip(order, found, strict=True)) for order in itertools.permutations(whole))
+    for found in (dims, *by_head)
     for whole in shapes
   )

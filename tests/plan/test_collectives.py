@@ -341,6 +341,14 @@ def test_columns_of_a_table_are_looked_up_for_the_tokens_of_all_where_it_is_spli
 TABLE = ("params/embed/embedding", (256, 64))
 
 
+def test_the_gradient_of_a_kernel_is_known_when_its_columns_stand_by_head():
+  mesh = sharding.make_mesh([("data", 8)])
+  kernel = ("params/blocks/qkv/kernel", (4, 96, 288))
+  summed = lambda *dims: judged("all-reduce", ("data",), dims, mesh, leaves=[kernel], phase="backward")
+  assert summed(96, 9, 32).expected and "gradients" in summed(96, 9, 32).why
+  assert not summed(96, 9, 64).expected
+
+
 def test_whole_matrices_in_the_update_are_muons_business():
   mesh = sharding.make_mesh([("data", 8)])
   arguments = dict(phase="update", op_name="jit(step)/dot_general", leaves=[("params/w", (64, 64), "data")])
