@@ -145,7 +145,7 @@ def collectives(run, text: str) -> list[dict[str, Any]]:
           "lines": [f"{_short(f.file)}:{f.line}" for f in one.lines],
           "functions": [f.function for f in one.lines],
           "op": one.op_name,
-          "leaf": reasons.path(one.origin),
+          "leaf": hlo.leaf(one.origin),
           "asynchronous": one.asynchronous,
           "overlapped": one.overlapped,
           "across_slices": one.slow,

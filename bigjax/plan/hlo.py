@@ -420,6 +420,12 @@ def parse_arrays(text: str) -> tuple[Array, ...]:
   )
 
 
+def leaf(argument: str) -> str:
+  """Returns the name of a leaf as rules have it: `state.params['up']['kernel']` is `params/up/kernel`."""
+  keys = re.findall(r"\[\\?'?([^'\]\\]+)\\?'?\]|\.(\w+)", argument)
+  return "/".join(a or b for a, b in keys)
+
+
 def _balanced(text):
   depth = 0
   for at in re.finditer(r"[{}]", text):

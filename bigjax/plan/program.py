@@ -314,7 +314,7 @@ def _kept(module, computation, loop):
 
 def _described(module, computation, i) -> tuple[str, str]:
   if i.opcode == "parameter":
-    return i.op_name or i.name, ""
+    return hlo.leaf(i.op_name) if i.op_name.startswith("state.") else i.op_name or i.name, ""
   stack = module.stack(i)
   own = [f for f in stack if not _NOT_OWN.search(f.file)] or list(stack)
   parts = own[0].file.split("/") if own else []

@@ -109,12 +109,6 @@ def judge(collective: Collective, intent: Intent) -> Verdict:
   return _unexplained(collective, frozenset(collective.axes), intent)
 
 
-def path(argument: str) -> str:
-  """Returns the name of a leaf as rules have it: `state.params['up']['kernel']` is `params/up/kernel`."""
-  keys = re.findall(r"\[\\?'?([^'\]\\]+)\\?'?\]|\.(\w+)", argument)
-  return "/".join(a or b for a, b in keys)
-
-
 def _small(c, over, intent):
   if all(a.bytes <= SMALL for a in c.arrays):
     return Verdict(True, "sums, norms and other arrays of at most 1 KiB")
@@ -135,7 +129,7 @@ def _columns(c, over, intent):
 
 def _of_the_state(c, over, intent):
   """A gather of what the step was given."""
-  name = path(c.origin)
+  name = hlo.leaf(c.origin)
   large = [a for a in c.arrays if a.bytes > SMALL]
   if c.kind == "all-reduce" and c.phase in ("forward", "recompute") and not over & _model(intent):
     if any(f.function.endswith("_Groups.sum") for f in c.stack):

@@ -73,8 +73,8 @@ def run(
   rows = []
   for candidate, plan in _compiled(fits, command, where, keep, until, jobs):
     flags = changes.flags(candidate.changes)
-    if plan is None or not plan["fits"]:
-      what = "failed" if plan is None else f"{plan['memory']['missing'] / 2**30:.2f} GiB too large"
+    if isinstance(plan, str) or not plan["fits"]:
+      what = plan if isinstance(plan, str) else f"{plan['memory']['missing'] / 2**30:.2f} GiB too large"
       yield f"  {what}: {flags}"
       continue
     seconds = 1 / plan["time"]["pace_a_chip"] / plan["chips"]
@@ -152,8 +152,8 @@ def _batches(batch, ways):
   return sorted({b for b in (batch, batch // 2, batch * 2) if b >= ways}, key=lambda b: b != batch)
 
 
-def _compiled(fits, command, where, keep, until, jobs) -> Iterator[tuple[Candidate, dict[str, Any] | None]]:
-  """Yields plans as they are done; what is under way when time is up is stopped."""
+def _compiled(fits, command, where, keep, until, jobs) -> Iterator[tuple[Candidate, dict[str, Any] | str]]:
+  """Yields plans as they are done, or why there is none; what is under way when time is up is stopped."""
   waiting, lock, running = iter(fits), threading.Lock(), set()
 
   def one(candidate):
@@ -166,12 +166,14 @@ def _compiled(fits, command, where, keep, until, jobs) -> Iterator[tuple[Candida
     with lock:
       running.add(process)
     try:
-      out, _ = process.communicate(timeout=max(0.1, until - time.monotonic()))
-      return json.loads(out) if process.returncode == 0 else None
+      out, said = process.communicate(timeout=max(0.1, until - time.monotonic()))
+      if process.returncode:
+        return f"failed, {(said.strip().splitlines() or ['without a word'])[-1][:200]}"
+      return json.loads(out)
     except subprocess.TimeoutExpired:
       process.kill()
       process.communicate()
-      return None
+      return "not done in time"
     finally:
       with lock:
         running.discard(process)
@@ -186,8 +188,7 @@ def _compiled(fits, command, where, keep, until, jobs) -> Iterator[tuple[Candida
           break
         for done in concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED).done:
           candidate = under_way.pop(done)
-          if time.monotonic() <= until or done.result() is not None:
-            yield candidate, done.result()
+          yield candidate, done.result()
     finally:
       with lock:
         for process in running:

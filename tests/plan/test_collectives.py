@@ -358,5 +358,5 @@ def test_whole_matrices_in_the_update_are_muons_business():
 
 
 def test_names_of_arguments_are_paths_of_leaves():
-  assert reasons.path("state.params['blocks']['attn']['qkv']['kernel']") == "params/blocks/attn/qkv/kernel"
-  assert reasons.path("state.opt_state['base'][0].mu['w']") == "opt_state/base/0/mu/w"
+  assert hlo.leaf("state.params['blocks']['attn']['qkv']['kernel']") == "params/blocks/attn/qkv/kernel"
+  assert hlo.leaf("state.opt_state['base'][0].mu['w']") == "opt_state/base/0/mu/w"
