@@ -147,7 +147,8 @@ def _local(rule, backend, order, query, key, value, tokens, key_tokens, prefix, 
   compute = {"reference": _reference, "chunked": _chunked, "jax": _jax_nn, "splash": _splash}[backend]
   with jax.named_scope(_scope(rule, query.shape[1], key.shape[1])):
     out = compute(rule, order, query, key, value, tokens, key_tokens, prefix, drop)
-  return out if backend == "chunked" else checkpoint_name(out, "attention")  # That one has named what it keeps.
+  # These have named what they keep; by another name of another layout it would be kept twice.
+  return out if backend in ("chunked", "splash") else checkpoint_name(out, "attention")
 
 
 def _scope(rule, queries, keys):
@@ -350,14 +351,15 @@ def _over_mesh(rule, backend, order, arrays, split):
         exchange = functools.partial(ring.balance_local, ring=around)
         query, key, value, tokens, key_tokens = jax.tree.map(exchange, (query, key, value, tokens, key_tokens))
       out = ring.ring_attention(rule, around, query, key, value, tokens, key_tokens, prefix, drop, zigzag=zigzag)
-      return ring.unbalance_local(out, around) if rebalance else out
+      return checkpoint_name(ring.unbalance_local(out, around), "attention") if rebalance else out
 
     def whole(query, key, value, tokens, key_tokens, drop):
       arrays = (query, key, value, tokens, key_tokens, prefix)
       chosen = _choose(backend, rule, (*arrays, drop), order, {})
       return _local(rule, chosen, order, *arrays, drop)
 
-    return ring.ulysses(around, query, key, value, tokens, key_tokens, drop, whole)
+    out = ring.ulysses(around, query, key, value, tokens, key_tokens, drop, whole)
+    return checkpoint_name(out, "attention")  # Or the backward pass would exchange it again.
 
   def spec(x, *words):
     """The layout of an array that may have one row for all examples."""

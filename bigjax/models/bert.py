@@ -78,7 +78,7 @@ class Attention(nnx.Module):
     heads = lambda x: sharding.constrain(x.reshape(*x.shape[:2], self.heads, -1), "batch", "seq", "heads", None)
     qkv = [heads(checkpoint_name(dense(x), "qkv")) for dense in (self.query, self.key, self.value)]
     how = dict(segments=segments, dropout_rate=self.dropout, dropout_key=key, backend=self.backend)
-    return self.out(checkpoint_name(attend(*qkv, **how).reshape(x.shape), "attention"))
+    return self.out(attend(*qkv, **how).reshape(x.shape))
 
 
 class Block(nnx.Module):

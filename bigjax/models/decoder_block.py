@@ -344,8 +344,7 @@ class Block(nnx.Module):
         dropout_key=keys[0],
         backend=self.backend if cache is None else "auto",  # Prompts have any length.
       )
-    out = checkpoint_name(_heads(out), "attention")
-    x = add(x, self.attn.out.from_heads(out), self.post1, keys[1])
+    x = add(x, self.attn.out.from_heads(_heads(out)), self.post1, keys[1])
     before, aux = x if self.norm2 is None else self.norm2(x), {}
     if self.routed:
       # A capacity is for groups of tokens in training; a token at a time would never meet a full expert.

@@ -112,6 +112,8 @@ def _collective(module, chains, computation, i, kind, times, mesh):
       kind, arrays = "reduce-scatter", fusion[1].arrays
     where = where or fusion[0]
     seen_as = fusion[1]
+  elif start is not None and where is not computation:
+    seen_as = done or start
   between = _between(where, start, done) if start is not None and done is not None else []
   return Collective(
     name=i.name,
@@ -252,9 +254,15 @@ def _waits_for(computation, start):
     for user in computation.users.get(name, ()):
       if user.opcode == wanted:
         return user
-      if user.opcode in ("async-update", "get-tuple-element", "tuple", "bitcast", "copy"):
+      if user.opcode in ("async-update", "call-update", "get-tuple-element", "tuple", "bitcast", "copy"):
         waiting.append(user.name)
   return None
+
+
+def _given(computation, start):
+  """Where a start, or what follows it, is given its operands."""
+  updates = (u for u in computation.users.get(start.name, ()) if u.opcode == "call-update")
+  return next(updates, start) if start.opcode == "call-start" else start
 
 
 def _fusion(module, computation):
@@ -270,8 +278,8 @@ def _start_and_done(module, chains, computation, i):
   if i.opcode.endswith("-start"):
     return i, _waits_for(computation, i), computation
   for caller, call in module.callers.get(computation.name, ()):
-    if call.opcode == "async-start":
-      return call, _waits_for(caller, call), caller
+    if call.opcode in ("async-start", "call-start"):
+      return _given(caller, call), _waits_for(caller, call), caller
     if call.opcode == "fusion" and _target(computation, "AsyncCollectiveStart"):
       pieces = _pieces(module, chains, computation, i)
       return call, next((c for c, inner in pieces if _target(inner, "AsyncCollectiveDone")), None), caller
@@ -415,8 +423,9 @@ def _argument(module, computation, name, path, depth=0) -> str | None:
     if call.opcode == "while":
       same = path and module.unchanged(call, path[0])
       return _argument(module, caller, call.operands[0], path, depth + 1) if same else None
-    if call.opcode in ("fusion", "call", "async-start"):
-      return _argument(module, caller, call.operands[int(i.argument)], path, depth + 1)
+    if call.opcode in ("fusion", "call", "async-start", "call-start"):
+      given = _given(caller, call).operands[call.opcode == "call-start" :]
+      return _argument(module, caller, given[int(i.argument)], path, depth + 1)
   return None
 
 

@@ -23,7 +23,8 @@ _CALLED = re.compile(
   r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 # These run what they call; `to_apply` of the others is a scalar function, such as the sum of an all-reduce.
-CALLERS = frozenset(("while", "fusion", "call", "conditional", "async-start", "custom-call"))
+# A TPU's SparseCore is called, `call-start`, before what it is to send is there, which comes by a `call-update`.
+CALLERS = frozenset(("while", "fusion", "call", "conditional", "async-start", "call-start", "custom-call"))
 PASSES_ON = frozenset(("copy", "convert", "bitcast", "reshape", "copy-start", "copy-done", "optimization-barrier"))
 
 

@@ -5,6 +5,7 @@ needs none, and label smoothing and z-loss are terms of what is at hand already.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -195,10 +196,15 @@ class _Groups:
     )
 
   def sum(self, a, dtype):
-    """Adds groups up; each device gets a part, whichever it keeps of the parameter, unless nothing divides it."""
+    """Adds groups up; each device gets a part, whichever it keeps of the parameter, unless nothing divides it.
+
+    The same one in every replica: what a replica keeps of a parameter is the whole of it or what the others keep.
+    """
     if self.ways == 1:
       return a
     total = jax.lax.reduce_sum(a.astype(dtype), (0,))  # jnp.sum would widen it again.
-    dims = [i for i in range(total.ndim) if total.shape[i] % self.ways == 0 and (i or self.layout.size("vocab") == 1)]
-    spec = [self.layout.axes("batch") if i == min(dims, default=None) else P.UNCONSTRAINED for i in range(total.ndim)]
+    axes = tuple(axis for axis in self.layout.axes("batch") if axis != "replica")
+    parts = math.prod(self.layout.mesh.shape[axis] for axis in axes)
+    dims = [i for i in range(total.ndim) if total.shape[i] % parts == 0 and (i or self.layout.size("vocab") == 1)]
+    spec = [axes if axes and i == min(dims, default=None) else P.UNCONSTRAINED for i in range(total.ndim)]
     return jax.lax.with_sharding_constraint(total, NamedSharding(self.layout.mesh, P(*spec)))
