@@ -202,8 +202,6 @@ def _left_out(profile, found):
     if r["seconds"] is None
   ]
   missing += [f"loops of unknown length counted once: {len(n)}" for n in (found["work"]["endless_loops"],) if n]
-  if profile.clock is None and profile.cycles:
-    missing += ["a published clock: cycles are taken at the rate that reaches the peak, so the time is a lower bound"]
   return missing
 
 

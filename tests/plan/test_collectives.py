@@ -230,6 +230,16 @@ def constrained(mesh, x, *spec):
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
 
 
+def test_what_the_sparsecore_sends_is_under_way_from_when_it_is_given_it():
+  mesh = types.SimpleNamespace(axis_names=("data",), shape={"data": 4})
+  # As libtpu 0.0.50 writes them, without most of what it says of each.
+  gather, scatter = collectives.find(hlo.parse((HERE / "v6e_sparsecore.hlo").read_text()), mesh)
+  assert (gather.kind, gather.bytes, gather.axes) == ("all-gather", 1024 * 1024 * 2, ("data",))
+  assert gather.origin == "state.params['up']['kernel']" and gather.overlapped and gather.cover == 700
+  assert (scatter.kind, scatter.bytes, scatter.phase) == ("reduce-scatter", 256 * 1024 * 2, "backward")
+  assert scatter.asynchronous and not scatter.overlapped
+
+
 def test_gradients_over_the_batch_are_explained(mesh):
   def fn(w, x):
     return jax.grad(lambda w: (jnp.tanh(x @ w) ** 2).sum())(w)

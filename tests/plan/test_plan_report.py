@@ -43,7 +43,7 @@ def test_the_expected_step_is_cycles_and_kernels_and_what_is_waited_for():
   found = report.step_time((1000, "tokens"), profiles.named("v5e"), parts())
   assert found["bounds"] == {"compute": 0.5, "HBM": pytest.approx(0.25), "ICI data": 0.3}
   assert (found["bound_by"], found["mfu_bound"]) == ("compute", pytest.approx(0.8))
-  seconds = (600e6 / 1.5e9 + 0.1 + 0.2) * calibration.FACTOR
+  seconds = (600e6 / profiles.named("v5e").rate + 0.1 + 0.2) * calibration.FACTOR
   assert found["expected_seconds"] == pytest.approx(seconds)
   assert found["mfu_expected"] == pytest.approx(0.4 / seconds)
   assert found["pace_a_chip"] == pytest.approx(1000 / seconds / 4)

@@ -3,10 +3,13 @@
 import re
 import types
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from bigjax.errors import UserError
-from bigjax.plan import profiles, topology
+from bigjax.plan import hlo, profiles, program, topology
 
 FIGURES = ("flops", "hbm", "hbm_bandwidth", "vmem", "clock", "links", "link_bandwidth", "dcn")
 
@@ -36,11 +39,24 @@ def test_the_links_of_a_chip_add_up_to_the_published_bandwidth():
   assert (both_ways["v5e"], both_ways["v5p"], both_ways["v6e"], both_ways["h100"]) == (400e9, 1200e9, 800e9, 900e9)
 
 
-def test_where_no_clock_is_published_the_compiler_s_estimate_of_a_product_gives_the_rate():
-  assert profiles.named("v5e").rate == profiles.named("v5e").clock
-  v6e = profiles.named("v6e")
-  assert "clock" in v6e.unknown
-  assert v6e.cycles / v6e.rate == pytest.approx(2 * 8192**3 / 918e12)
+@pytest.mark.parametrize(("name", "margin"), [("v4", 1.078), ("v5e", 1.142), ("v5p", 1.110)])
+def test_a_product_at_the_peak_takes_the_compiler_s_cycles_which_are_more_than_the_clock_s(name, margin):
+  profile = profiles.named(name)
+  assert profile.cycles / profile.rate == pytest.approx(2 * 8192**3 / profile.flops["bfloat16"])
+  assert profile.rate / profile.clock == pytest.approx(margin, abs=1e-3)
+  assert "clock" in profiles.named("v6e").unknown and profiles.named("v6e").rate > 2e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology_name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_the_cycles_of_a_profile_are_what_the_compiler_says(topology_name):
+  pytest.importorskip("libtpu")
+  device = topology.devices(topology_name)[0]
+  mesh = jax.sharding.Mesh(np.array([device]), ("data",))
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  x = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16, sharding=whole)
+  text = jax.jit(jnp.matmul, out_shardings=whole).lower(x, x).compile().as_text()
+  assert program.cycles(hlo.parse(text)) == profiles.of(device).cycles
 
 
 def test_a_device_finds_its_profile_and_a_cpu_is_told_nothing():
