@@ -59,5 +59,6 @@ def get_config():
     )
   )
   config.keep = dict(best="test/accuracy")
+  config.plan = dict(topology="v5e:2x2", hbm_gib=0.025, collective_gib=0.001, mfu_bound=0.12)
   config.claim = dict(metric="test/accuracy", at_least=0.985, source="RESULTS.md")
   return config

@@ -7,7 +7,7 @@ head's first bias of -10.
 Prepare   bigjax data prepare images --help makes a dataset of a folder of images for each class
 Command   bigjax train --config=configs/imagenet21k_vit_g14.py:images=FOLDER --workdir=runs/imagenet21k_vit_g14
 Data      ImageNet-21k, 21,843 classes, as prepared
-Hardware  TPU v5e, 16x16 (256 chips); `make plan CONFIGS=configs/imagenet21k_vit_g14.py` holds it to that
+Hardware  TPU v5e, 8x16 (128 chips); `make plan CONFIGS=configs/imagenet21k_vit_g14.py` holds it to that
 Expected  not run, and no figure is published for this size on this data
 Source    https://arxiv.org/abs/2106.04560, table 2 (size); github.com/google-research/big_vision,
           big_vision/configs/vit_i21k.py (recipe), of https://arxiv.org/abs/2106.10270
@@ -53,4 +53,5 @@ def get_config(arg=None):
     )
   )
   config.checkpoint_every = 1000
+  config.plan = dict(topology="v5e:8x16", hbm_gib=8.0, collective_gib=6.0, mfu_bound=0.8)
   return config
