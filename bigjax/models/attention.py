@@ -307,6 +307,8 @@ def _refuses(backend, rule, order, query, key, value, tokens, key_tokens, prefix
 
 
 def _refuses_cudnn(query):
+  if jax.default_backend() != "gpu":  # As for a plan.
+    return "a GPU that is not here: JAX asks it what it is"
   dim = query.shape[-1]
   return None if query.dtype in (jnp.bfloat16, jnp.float16) and dim % 8 == 0 and dim <= 128 else "this type or size"
 

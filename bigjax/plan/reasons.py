@@ -122,7 +122,7 @@ def _columns(c, over, intent):
     return None
   if c.kind == "all-to-all":
     return Verdict(True, "columns of a table for the tokens of all, exchanged for rows of one's own")
-  if c.kind in ("all-reduce", "all-gather") and all(a.dtype in ("s32", "u32") for a in c.arrays):
+  if c.kind in ("all-reduce", "all-gather") and all(a.dtype in ("s32", "u32") or intent.alike(a) for a in c.arrays):
     return Verdict(True, "the tokens of all, for whom keeps some columns of a table")
   return None
 
@@ -131,10 +131,13 @@ def _of_the_state(c, over, intent):
   """A gather of what the step was given."""
   name = hlo.leaf(c.origin)
   large = [a for a in c.arrays if a.bytes > SMALL]
-  if c.kind == "all-reduce" and c.phase in ("forward", "recompute") and not over & _model(intent):
+  if c.kind in SUMS and c.phase in ("forward", "recompute") and not over & _model(intent):
     if any(f.function.endswith("_Groups.sum") for f in c.stack):
       return Verdict(True, "gradients of the head, summed over the batch after the last part of the logits")
-    if all(any(_gathered(a, leaf, over, intent, False) for leaf in intent.alike(a)) for a in large):
+    zeros = c.kind == "all-reduce" and all(
+      any(_gathered(a, leaf, over, intent, False) for leaf in intent.alike(a)) for a in large
+    )
+    if zeros:
       return Verdict(True, "parameters, gathered for use (FSDP), by adding zeros, as the compiler does with small ones")
   if c.kind != "all-gather":
     return None
@@ -171,6 +174,8 @@ def _gradients(c, over, intent):
   if c.slow and over <= intent.axes("batch"):  # Between slices arrays travel flat.
     return Verdict(True, "gradients, summed over the slices")
   large = [a for a in c.arrays if a.bytes > SMALL]
+  if over <= intent.axes("batch", "seq") and len(large) == 1 and _flat(large[0], intent):
+    return Verdict(True, "gradients, summed over the batch, many as one")
   if not all(intent.alike(a) for a in large):
     return None
   if over <= intent.axes("batch", "seq", "stage"):
@@ -287,6 +292,12 @@ def _gathered(array, leaf, over, intent, rows) -> bool:
   whole = math.prod(leaf.part) * math.prod(intent.layout.mesh.shape[a] for a in over)
   layers = itertools.accumulate(leaf.part[:2], int.__mul__, initial=1)
   return over <= leaf.axes and (any(array.count * n == whole for n in layers) or (rows and array.count < whole))
+
+
+def _flat(array, intent) -> bool:
+  """Whether an array is several parameters' gradients laid end to end, as a GPU's compiler sends them."""
+  sizes = [math.prod(leaf.shape) for name, leaf in intent.leaves.items() if name.startswith("params/")]
+  return len(array.dims) == 1 and max(sizes, default=0) < array.count <= sum(sizes)
 
 
 def _may_be(dims, shape) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bigjax import overview
+from bigjax.plan import topology
 
 # What `compare` shows, where plans have it.
 _COMPARED = {
@@ -51,8 +52,12 @@ def sections(plan: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
       "what",
       f"{plan['config']['model']} on {plan['config']['data']}, {plan['config']['batch_size']:,} examples a step",
     ),
-    ("compiled", f"{_compiled(plan)}, options: {options}" if plan["compiled"] else "no: estimates alone"),
+    ("compiled", f"{_compiled(plan)}, options: {options}" if plan["compiled"] else f"no: estimates alone{_get(plan)}"),
   ]
+  if plan["compiled"] and plan["topology"].partition(":")[0] in topology.GPUS:
+    head.append(
+      ("instead", "of cuDNN's attention, compiled only where the GPU is, ours in blocks, which moves more bytes")
+    )
   if plan["config"]["stands_in"]:
     head.append(("data", "not here: the shapes of a batch are taken from the config"))
   if plan["chip"]["unknown"]:
@@ -64,6 +69,11 @@ def sections(plan: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
   if plan.get("time"):
     found += [("time", _time(plan)), ("run", _run(plan))]
   return found
+
+
+def _get(plan):
+  """What a compiler for this chip is in, where there is one to be had."""
+  return "; GPUs' compiler is in jax-cuda12-plugin" if plan["topology"].partition(":")[0] in topology.GPUS else ""
 
 
 def _compiled(plan):

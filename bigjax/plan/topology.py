@@ -1,8 +1,9 @@
 """Chips that are not here: devices of any slice of TPUs, for the compiler, which needs none of them; and GPUs.
 
 The compiler is in the `libtpu` wheel, https://docs.jax.dev/en/latest/aot.html. What it knows is told before JAX is
-imported, by `environment`; `devices` are then devices like others, on which nothing can run. Of GPUs there is no
-compiler here: as many devices of the CPU stand for them, which a step is laid out on but not compiled for.
+imported, by `environment`; `devices` are then devices like others, on which nothing can run. That of GPUs is in JAX's
+CUDA plugin (gpus.py). Without it as many devices of the CPU stand for them, which a step is laid out on but not
+compiled for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 from typing import Any
 
 from bigjax.errors import UserError, suggest
-from bigjax.plan import profiles
+from bigjax.plan import gpus, profiles
 
 # The slices that are rented out, chips along each dimension of the torus. https://cloud.google.com/tpu/docs/system-architecture-tpu-vm
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -58,7 +59,7 @@ def profile(topology: str) -> profiles.Profile:
 
 def compiles(topology: str) -> bool:
   """Whether there is a compiler for it that needs no device."""
-  return topology.partition(":")[0] in SLICES
+  return topology.partition(":")[0] in SLICES or gpus.compiler() is not None
 
 
 def devices(topology: str, slices: int = 1) -> list[Any]:
@@ -76,7 +77,7 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
       f"--topology={topology}: there is no chip {chip!r}.{suggest(chip, SLICES | GPUS)} Chips along each side:\n{known}"
     )
   if chip in GPUS:
-    return _standing_in(topology, chip, shape, slices)
+    return _gpus(topology, chip, shape, slices)
   sides = len(SLICES[chip][0].split("x"))
   if not re.fullmatch(r"\d+" + r"x\d+" * (sides - 1), shape):
     raise UserError(f"--topology={topology}: a {chip} has {sides} dimensions, write it as one of {_listed(chip)}.")
@@ -95,15 +96,21 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
   return list(found.devices)
 
 
-def _standing_in(topology, chip, shape, slices):
-  """As many devices of the CPU as there are GPUs."""
+def _gpus(topology, chip, shape, slices):
   if not re.fullmatch(r"\d+(x\d+)?", shape):
     raise UserError(f"--topology={topology}: write GPUs, or hosts x GPUs of one, such as {_listed(chip)}.")
   if slices != 1:
     raise UserError(f"--num_slices={slices}: GPUs have no slices; name all hosts in --topology.")
+  *hosts, each = map(int, shape.split("x"))
+  if gpus.compiler() is None:
+    return _standing_in(topology, math.prod(hosts) * each)
+  return gpus.devices(chip, profiles.named(chip).kinds[0], math.prod(hosts), each)
+
+
+def _standing_in(topology, count):
+  """As many devices of the CPU as there are GPUs."""
   import jax
 
-  count = math.prod(map(int, shape.split("x")))
   try:
     jax.config.update("jax_num_cpu_devices", count)
   except RuntimeError as e:

@@ -359,6 +359,14 @@ def test_the_gradient_of_a_kernel_is_known_when_its_columns_stand_by_head():
   assert not summed(96, 9, 64).expected
 
 
+def test_gradients_laid_end_to_end_are_known():
+  mesh = sharding.make_mesh([("data", 8)])
+  leaves = [("params/a/kernel", (96, 288)), ("params/b/kernel", (96, 96))]
+  summed = lambda *dims: judged("all-reduce", ("data",), dims, mesh, leaves=leaves, phase="backward")
+  assert summed(96 * 288 + 96 * 96).expected and "many as one" in summed(96 * 288 + 96 * 96).why
+  assert not summed(96 * 288 + 96 * 96 + 1).expected
+
+
 def test_whole_matrices_in_the_update_are_muons_business():
   mesh = sharding.make_mesh([("data", 8)])
   arguments = dict(phase="update", op_name="jit(step)/dot_general", leaves=[("params/w", (64, 64), "data")])
