@@ -87,8 +87,8 @@ _FUSIONS = {
   "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
   "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
 }
-# The SparseCores send, beside the products, which a v5p or v6e has no other way to do; a step of Llama 3.1 8B on v6e:16x16
-# keeps 10.1 instead of 13.8 GiB for it. The options are those of MaxText's benchmarks, set by the name
+# The SparseCores send, beside the products, which a v5p or v6e has no other way to do; for it a step of Llama 3.1 8B on
+# v6e:16x16 keeps 10.1 instead of 13.8 GiB. The options are those of MaxText's benchmarks, set by the name
 # ENABLE_SPARSECORE_OFFLOADING_FOR_RS_AG_AR in benchmarks/xla_flags_library.py of github.com/AI-Hypercomputer/maxtext.
 _SPARSECORE = {
   "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
