@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax._src import distributed
 
 from bigjax import workdirs
@@ -67,6 +69,7 @@ def joined(
   try:
     _check_same(peers, same)
     _check_shared(peers, workdir, args.peer_timeout)
+    _connect()
     yield peers
     _store().wait_at_barrier("bigjax/done", 3_600_000)  # Process 0 has the report to write; a failure ends this sooner.
   except BaseException as e:
@@ -215,6 +218,15 @@ def _check_shared(peers, workdir, timeout):
   finally:
     if peers.process == 0:
       os.remove(token)
+
+
+def _connect():
+  """Has CPUs make the connections of collectives now that all are here: the first waits 30 s for a process, no more."""
+  if jax.default_backend() == "cpu":
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
+    split, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (["all"], []))
+    ones = jax.make_array_from_callback((mesh.size,), split, lambda _: np.ones(1, np.float32))
+    jax.jit(jnp.sum, out_shardings=whole)(ones).block_until_ready()
 
 
 def shared(directory: str) -> bool:
