@@ -13,6 +13,7 @@ from bigjax import sharding
 from bigjax import state as states
 from bigjax.data import pipeline
 from bigjax.errors import UserError, suggest
+from bigjax.evaluators import totals
 from bigjax.experiment import EvalConfig, Experiment, Stream
 from bigjax.stops import Stopped, Stops
 
@@ -52,6 +53,7 @@ class Evaluation:
   every: int
   evaluator: Any
   views: Mapping[str, Any]
+  jit: Callable | None  # How what evaluators compute is compiled, if not as any function.
 
   @classmethod
   def of(
@@ -81,9 +83,9 @@ class Evaluation:
     extra = {k: batches(Stream.of(d)) for k, d in config.extra_data.items()}
     stream = Stream.of(config.data)
     evaluator = _told_bytes(config.evaluator, known, stream.source)
-    evaluator = evaluator(predict=run.predict, batches=batches(stream), **extra)
+    evaluator = evaluator(predict=run.division.predicting(run.predict), batches=batches(stream), **extra)
     views = {view: jax.jit(of) for view, of in run.optimizer.views.items()}
-    return cls(name, run.steps(config.every, f"config.evals.{name}.every"), evaluator, views)
+    return cls(name, run.steps(config.every, f"config.evals.{name}.every"), evaluator, views, run.division.jit_measure)
 
   def run(self, state: states.TrainState) -> dict[str, Any]:
     """Returns every measurement by name, `val/accuracy`, and those of a view as `val/ema/accuracy`."""
@@ -95,7 +97,8 @@ class Evaluation:
 
   def _named(self, view, state):
     try:
-      return {f"{self.name}/{view}{k}": v for k, v in self.evaluator.run(state)}
+      with totals.compiled_by(self.jit):
+        return {f"{self.name}/{view}{k}": v for k, v in self.evaluator.run(state)}
     except UserError as e:
       raise UserError(str(e).replace("config.evals:", f"config.evals.{self.name}:", 1)) from e
 

@@ -11,6 +11,8 @@ run on another mesh is a little other, and after some hundred steps another run.
 3. Randomness is folded from the number of the group.
 4. The rest of the step, norms, trust ratios, orthogonalisation, is computed on whole arrays by every device alone. At
    rest the state lies as `config.sharding` has it; in a step it is gathered.
+5. An evaluation predicts in groups, too, as many of `config.groups` as divide its batch. What evaluators make of the
+   predictions is computed by every device alone, on those of the whole batch.
 
 It asks for numbers of devices that are powers of two, and holds for the same kind of chip and the same versions.
 `Alone` is this mode, `Shared` what runs do otherwise: the compiler divides the work, over parts of a batch in turn.
@@ -57,6 +59,12 @@ class Shared:
   def jit_init(self, create: Callable, **options) -> Callable:
     """Returns `create(key)` compiled."""
     return jax.jit(create, **options)
+
+  def predicting(self, predict: Callable) -> Callable:
+    """Returns `predict(state, batch)` for evaluators."""
+    return predict
+
+  jit_measure = None  # What evaluators compute is compiled as any function.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +125,49 @@ class Alone:
       return jax.lax.fori_loop(0, _unknown(1, jax.random.key_data(key)), turn, zeros)
 
     return self._jit(alone, P(), options)
+
+  def predicting(self, predict: Callable) -> Callable:
+    """Returns `predict(state, batch)` for evaluators, for use in `jit_measure`: of all groups, on every device."""
+    axes, devices = sharding.batch_sharding(self.mesh).spec[0], sharding.batch_ways(self.mesh)
+
+    def predicted(state, batch):
+      value = jax.tree.leaves(batch)[0]
+      groups = math.gcd(self.groups, len(value))
+      here = groups // devices
+      split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), batch)
+      first = jax.lax.axis_index(axes) * here
+      part = lambda i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), split)
+
+      def group(i, found):
+        new = _apart(predict(state, _apart(part(first + i), value, i)), value, i)
+        return jax.tree.map(lambda f, n: jax.lax.dynamic_update_index_in_dim(f, n, i, 0), found, new)
+
+      shapes = jax.eval_shape(predict, state, jax.eval_shape(part, 0))
+      empty = jax.tree.map(lambda x: jnp.zeros((here, *x.shape), x.dtype), shapes)
+      found = jax.lax.fori_loop(0, _unknown(here, value), group, empty)
+      found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+      return _apart(self._gathered(found), value)
+
+    return predicted
+
+  def jit_measure(self, function: Callable) -> Callable:
+    """Returns `function(*args, batch)` compiled, the batch divided over devices and all else whole on each."""
+
+    def alone(args, batch):
+      batch = self._gathered(batch)
+      zeros = _zeros(jax.eval_shape(function, *args, batch))
+      turn = lambda _, __: _typed(function(*args, batch), zeros)
+      return jax.lax.fori_loop(0, _unknown(1, jax.tree.leaves(batch)[0]), turn, zeros)
+
+    compiled = self._jit(alone, (P(), sharding.batch_sharding(self.mesh).spec), {})
+    return lambda *args: compiled(args[:-1], args[-1])
+
+  def _gathered(self, tree):
+    """Of arrays that are divided by their first dimension, the whole."""
+    if sharding.batch_ways(self.mesh) == 1:
+      return tree
+    axes = sharding.batch_sharding(self.mesh).spec[0]
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), tree)
 
   def _jit(self, function, specs, options):
     mapped = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from bigjax import checkpoint, experiment, sharding, topology, train
 from bigjax import config as configs
 from bigjax.errors import UserError
+from bigjax.evaluation import Evaluation
 from bigjax.sums import Sums
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -178,6 +179,41 @@ def test_a_run_goes_on_with_other_devices_and_ends_with_the_same_bits(tmp_path):
     state, _ = checkpoints.restore(second.abstract, second.shardings)
   state, _ = go_on(second, state, 7, 20)
   assert bits(state) == whole
+
+
+EVALUATIONS = {
+  "mlp": dict(evaluator=dict(name="classification", num_classes=5, top_k=(2,), confusion=True), data=IMAGES["data"]),
+  "vit": dict(
+    evaluator=dict(name="fewshot", shots=(1,)), data=IMAGES["data"], extra_data=dict(train_batches=IMAGES["data"])
+  ),
+  "gpt": dict(evaluator=dict(name="perplexity"), data=TOKENS["data"]),
+}
+
+
+def evaluated(case, devices, layout="replicated", steps=2, **changes):
+  """All that is measured of a state after some steps, the last batch part padding."""
+  described = EVALUATIONS[case["model"]["name"]]
+  source = described["data"]["source"] | dict(num_examples=53, seed=1)
+  described = described | dict(data=described["data"] | dict(source=source), batch_size=16)
+  run = build(case, devices, layout, evals=dict(val=described), **changes)
+  state, _ = go_on(run, run.init(jax.random.key(0)), 0, steps)
+  with jax.set_mesh(run.mesh):
+    return Evaluation.of(run, "val", run.config.evals["val"]).run(state)
+
+
+@pytest.mark.parametrize(
+  "case", [MLP, pytest.param(VIT, marks=SLOW), pytest.param(GPT, marks=SLOW)], ids=["mlp", "vit", "gpt"]
+)
+def test_evaluations_are_the_same_too(case):
+  found = [evaluated(case, *place) for place in SOME]
+  assert found[0] and found[0] == found[1] == found[2]
+
+
+def test_without_the_mode_evaluations_differ_no_more_than_the_last_digits():
+  one, other = (evaluated(MLP, n, steps=0, determinism="run") for n in (1, 8))
+  assert one["val/loss"] != other["val/loss"]
+  np.testing.assert_allclose(one["val/loss"], other["val/loss"], rtol=1e-5)
+  np.testing.assert_allclose(evaluated(MLP, 8, steps=0)["val/loss"], one["val/loss"], rtol=1e-5)
 
 
 def test_the_first_parameters_are_the_same_however_they_lie():

@@ -7,10 +7,12 @@ million tokens forgets small terms, and a variance from a sum of squares cancels
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +77,22 @@ def over_batches(measure: Callable) -> Callable:
   return add_up
 
 
+_jit: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("jit", default=None)
+
+
+@contextlib.contextmanager
+def compiled_by(jit: Callable | None) -> Iterator[None]:
+  """Within, `replicated` has functions compiled by this, where it is not None."""
+  token = _jit.set(jit)
+  try:
+    yield
+  finally:
+    _jit.reset(token)
+
+
 def replicated(function: Callable) -> Callable:
   """Returns `function(*args, batch)` compiled, its results whole on every device so that every host can fetch them."""
+  by = functools.cache(lambda jit: jit(function))
 
   @functools.partial(jax.jit, static_argnums=0)
   def compiled(sharding, args, batch):
@@ -84,6 +100,8 @@ def replicated(function: Callable) -> Callable:
     return found if sharding is None else jax.lax.with_sharding_constraint(found, sharding)
 
   def call(*args):
+    if jit := _jit.get():
+      return by(jit)(*args)
     *args, batch = args
     where = getattr(read(batch, "mask"), "sharding", None)
     whole = None
