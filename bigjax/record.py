@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ PACKAGES = (
 )  # fmt: skip
 
 INCIDENTS = 200  # The last ones are kept.
+PAUSES = (1, 2, 4)  # Seconds between attempts to write what must be written before a run ends.
 
 
 def open_workdir(workdir: str, described: Mapping[str, Any], free: Sequence[str]) -> None:
@@ -110,8 +112,16 @@ def start(workdir: str, described: Mapping[str, Any], **facts: Any) -> None:
 
 
 def finish(workdir: str, status: str, **facts: Any) -> None:
-  """Notes in run.json how the run ended."""
-  write_json(os.path.join(workdir, "run.json"), read_run(workdir) | {"status": status, "finished": now(), **facts})
+  """Notes in run.json how the run ended; insists where all else went well, as a disk may be full for a moment."""
+  pauses = iter(() if status == "failed" else PAUSES)
+  while True:
+    run = read_run(workdir) | {"status": status, "finished": now(), **facts}
+    try:
+      return write_json(os.path.join(workdir, "run.json"), run)
+    except OSError:
+      if (pause := next(pauses, None)) is None:
+        raise
+      time.sleep(pause)
 
 
 def noting(workdir: str) -> Callable[[str], None]:

@@ -410,3 +410,21 @@ def test_a_run_goes_on_with_its_layers_in_another_form_on_another_mesh(tmp_path)
   losses = [[row["loss"] for row in rows(workdir) if "loss" in row] for workdir in (unbroken, broken)]
   assert len(losses[1]) == 12
   np.testing.assert_allclose(*losses, rtol=2e-5)
+
+
+def test_a_disk_that_is_full_for_a_moment_in_the_end_fails_nothing(tmp_path, monkeypatch):
+  write, full = record.write_json, []
+
+  def filling(file, value):
+    if value.get("status") in ("finished", "failed") and len(full) < 2:
+      full.append(value["status"])
+      raise OSError(28, "No space left on device")
+    write(file, value)
+
+  monkeypatch.setattr(record, "write_json", filling)
+  monkeypatch.setattr(record, "PAUSES", (0.01, 0.01))
+  record.finish(str(tmp_path), "finished", step=3)
+  assert full == ["finished"] * 2 and record.read_run(str(tmp_path))["status"] == "finished"
+  full.clear()
+  with pytest.raises(OSError, match="No space"):  # What failed has no time to lose.
+    record.finish(str(tmp_path), "failed")
