@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from bigjax import config as configs
-from bigjax import experiment, ledger, metrics, record
+from bigjax import experiment, ledger, metrics
 from bigjax.chaos import faults
 from bigjax.chaos.faults import Fault
 from bigjax.checkpoint import Checkpoints
@@ -136,7 +136,6 @@ class Harness:
   limit: float  # Seconds after which a start counts as hung.
   peer_timeout: float = 20.0
   tolerance: float = 0.0  # Relative, of the last states: above 0 where places differ and the arithmetic with them.
-  eval_tolerance: float = 0.0  # Of what is measured in evaluations, whose sums determinism='topology' leaves alone.
   say: Callable[[str], None] = print
 
   def undisturbed(self) -> str:
@@ -187,8 +186,8 @@ class Harness:
     noise = _noise(old) if self.tolerance else {}
     found += [n for n in sorted(old.keys() & new.keys()) if not self._same(n, old[n], new[n], noise)]
     found += [f"the last step: {step} -> {other[0]}"] if step != other[0] else []
-    if self.tolerance or self.eval_tolerance:
-      rows, count = _rows_close(reference, workdir, 100 * self.tolerance, self.eval_tolerance)
+    if self.tolerance:
+      rows, count = _rows_close(reference, workdir, 100 * self.tolerance)
     else:
       rows, count = repro.compare(reference, workdir)
       found += [] if rows else _files_same(reference, workdir)
@@ -464,15 +463,13 @@ def _sums(history, step):
   return attempt.sums[np.searchsorted(attempt.steps, step)].tolist()
 
 
-def _rows_close(a, b, tolerance, eval_tolerance):
+def _rows_close(a, b, tolerance):
   old, new = ({(r["step"], k): v for r in metrics.read_rows(w) for k, v in r.items()} for w in (a, b))
-  names = tuple(f"{name}/" for name in record.read_config(a)["evals"])
-  allowed = lambda key: max(tolerance, eval_tolerance if names and key.startswith(names) else 0.0)
   keys = [k for k in old.keys() | new.keys() if k[1].rpartition("/")[2] not in repro.TIMINGS]
   return [
     f"step {s} {k}: {old.get((s, k))} -> {new.get((s, k))}"
     for s, k in sorted(keys)
-    if not _close(old.get((s, k)), new.get((s, k)), allowed(k))
+    if not _close(old.get((s, k)), new.get((s, k)), tolerance)
   ], len(keys)
 
 

@@ -45,12 +45,6 @@ def main(argv: list[str]) -> int:
     default=0.0,
     help="relative, of states in the end; what has no gradient but rounding noise is left out, and said",
   )
-  parser.add_argument(
-    "--eval_tolerance",
-    type=float,
-    default=0.0,
-    help="relative, of evaluations on other places: determinism='topology' is of the step",
-  )
   parser.add_argument("--limit", type=float, default=180, metavar="SECONDS", help="that a start may take")
   parser.add_argument(
     "--peer_timeout", type=float, default=20, metavar="SECONDS", help="after which a silent process counts as lost"
@@ -78,10 +72,9 @@ def main(argv: list[str]) -> int:
     limit=args.limit,
     peer_timeout=args.peer_timeout,
     tolerance=args.tolerance,
-    eval_tolerance=args.eval_tolerance,
     say=lambda line: print(line, flush=True),
   )
-  same = ("config", "each", "kinds", "seed", "processes", "devices", "also", "tolerance", "eval_tolerance")
+  same = ("config", "each", "kinds", "seed", "processes", "devices", "also", "tolerance")
   facts = {k: getattr(args, k) for k in same} | {"overrides": overrides}
   book, reference = harness.Book(out, facts), os.path.join(out, "undisturbed")
   if not book.begun:
