@@ -20,6 +20,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
+
+from bigjax import config as configs
 from bigjax.errors import UserError
 from bigjax.experiment import TrainConfig
 from bigjax.plan import analytic, changes, kept, prepare, work
@@ -38,6 +41,7 @@ class Candidate:
   changes: dict[str, Any]
   memory: int
   seconds_a_token: float  # Or an example.
+  question: str = ""  # What its plan is kept by.
 
 
 def run(
@@ -108,8 +112,16 @@ def candidates(
       **{n: getattr(flops[0], n) * tokens // flops[1] for n in ("forward", "backward", "attention", "unmasked")},
     )
     estimate = analytic.estimate(prepared, scaled)
-    found.append(Candidate(change, estimate["memory"]["total"], estimate["seconds"] / tokens))
+    seconds = estimate["seconds"] / tokens
+    found.append(Candidate(change, estimate["memory"]["total"], seconds, _question(prepared)))
   return sorted(found, key=lambda c: c.seconds_a_token), refused
+
+
+def _question(prepared):
+  run = prepared.run
+  shapes = [(x.shape, str(x.dtype)) for x in jax.tree.leaves((run.abstract, run.batch, run.outputs))]
+  described = json.dumps(configs.describe(prepared.config), sort_keys=True)
+  return kept.question(described, str(shapes), str(prepared.steps), str(prepared.where))
 
 
 def combinations(config: TrainConfig, where: tuple[str, int]) -> Iterator[dict[str, Any]]:
@@ -157,6 +169,8 @@ def _compiled(fits, command, where, keep, until, jobs) -> Iterator[tuple[Candida
   waiting, lock, running = iter(fits), threading.Lock(), set()
 
   def one(candidate):
+    if (found := keep.get(candidate.question)) is not None:
+      return found | {"kept": True}
     flags = [f"--config.{path}={value}" for path, value in candidate.changes.items()]
     what = [*command, *flags, f"--topology={where[0]}", f"--num_slices={where[1]}", "--json"]
     what += [f"--keep={keep.folder}"] if keep.folder else []
@@ -169,7 +183,9 @@ def _compiled(fits, command, where, keep, until, jobs) -> Iterator[tuple[Candida
       out, said = process.communicate(timeout=max(0.1, until - time.monotonic()))
       if process.returncode:
         return f"failed, {(said.strip().splitlines() or ['without a word'])[-1][:200]}"
-      return json.loads(out)
+      found = json.loads(out)
+      keep.put(candidate.question, found)
+      return found
     except subprocess.TimeoutExpired:
       process.kill()
       process.communicate()

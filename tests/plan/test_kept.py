@@ -1,5 +1,10 @@
 """What compiled programs came to is found again for the same module, and never for another or a broken file."""
 
+import sys
+import types
+
+import pytest
+
 from bigjax.plan import kept
 
 
@@ -25,3 +30,32 @@ def test_a_file_cut_short_is_no_result(tmp_path):
 def test_without_a_folder_nothing_is_kept(tmp_path):
   kept.Kept().put("k", {"bytes": 5})
   assert kept.Kept().get("k") is None
+
+
+@pytest.fixture
+def fresh():
+  kept._code.cache_clear()
+  yield kept._code.cache_clear
+  kept._code.cache_clear()
+
+
+def test_a_question_is_another_with_other_words_versions_flags_or_code_of_a_user(tmp_path, monkeypatch, fresh):
+  own = tmp_path / "my_model.py"
+  own.write_text("width = 1")
+  monkeypatch.setitem(sys.modules, "my_model", types.ModuleType("my_model"))
+  sys.modules["my_model"].__file__ = str(own)
+  first = kept.question("config", "v5e:2x2")
+  assert kept.question("config", "v5e:2x2") == first
+  assert kept.question("config", "v5e:2x4") != first
+  with monkeypatch.context() as m:
+    m.setenv("LIBTPU_INIT_ARGS", "--xla_something=1")
+    assert kept.question("config", "v5e:2x2") != first
+  with monkeypatch.context() as m:
+    m.setattr(kept, "_version", lambda name: "another")
+    assert kept.question("config", "v5e:2x2") != first
+  own.write_text("width = 2")
+  fresh()
+  assert kept.question("config", "v5e:2x2") != first
+  own.write_text("width = 1")
+  fresh()
+  assert kept.question("config", "v5e:2x2") == first

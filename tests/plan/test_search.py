@@ -1,5 +1,6 @@
 """The search: what can't be or can't fit is left out before a compile, the best comes with flags to paste."""
 
+import json
 import shlex
 import time
 
@@ -52,6 +53,32 @@ def test_time_being_up_ends_it(small):
   config = bigjax.resolve(small())
   lines = list(search.run(config, [], ("h100:8", 1), kept.Kept(), 0.0))
   assert lines[-1] == "nothing was found that fits"
+
+
+def test_what_was_compiled_before_is_not_even_lowered_again(tmp_path, monkeypatch):
+  config, where, keep = bigjax.resolve(PLAIN), ("h100:2", 1), kept.Kept(str(tmp_path))
+  monkeypatch.setattr(search.slices, "compiles", lambda name: True)
+  known = dict(fits=True, chips=2, memory=dict(total=2**20), time=dict(pace_a_chip=100.0, pace_unit="examples"))
+  found, _ = search.candidates(config, search.combinations(config, where), where, time.monotonic() + 600)
+  assert len({c.question for c in found}) == len(found) > 2
+  for candidate in found[:-1]:
+    keep.put(candidate.question, known)
+  started = []
+
+  class Process:
+    def __init__(self, command, **_):
+      started.append(command)
+      self.returncode = 0
+
+    def communicate(self, timeout):
+      return json.dumps(known | {"kept": False}), ""
+
+  monkeypatch.setattr(search.subprocess, "Popen", Process)
+  lines = list(search.run(config, ["--config=mine.py"], where, keep, 600.0, jobs=1))
+  assert sum("(kept)" in line for line in lines) == len(found) - 1 and len(started) == 1
+  assert "--config=mine.py" in started[0] and f"--keep={tmp_path}" in started[0]
+  list(search.run(config, ["--config=mine.py"], where, keep, 600.0, jobs=1))
+  assert len(started) == 1
 
 
 def test_the_ranking_is_by_time_a_token():
