@@ -4,8 +4,8 @@ They are read off the traced loss, so every model has them. A product of matrice
 forward pass, and as much again in the backward pass for each of its operands that depends on parameters: with weights
 in one operand and activations in the other that makes 6 for each parameter and token,
 https://arxiv.org/abs/2001.08361 (section 2.1) and https://arxiv.org/abs/2204.02311 (appendix B). Unlike there, a causal
-query counts the keys that it sees and no others. Nothing else is counted: not what is computed again, not elementwise
-operations, not the optimizer.
+query counts the keys that it sees and no others, and a token the experts that it chose and no room that a capacity
+leaves empty. Nothing else is counted: not what is computed again, not elementwise operations, not the optimizer.
 """
 
 from __future__ import annotations
@@ -62,10 +62,11 @@ def of(run: Any) -> Work:
 
 
 def _plainly(run):
-  """The model with attention that has every score in memory, whose products can be seen."""
+  """The model with every score in memory, whose products can be seen, and no rows for experts that nobody chose."""
   config = run.config.model
-  if "attention" in inspect.signature(config.factory).parameters:
-    config = dataclasses.replace(config, kwargs={**config.kwargs, "attention": "reference"})
+  plain, known = {"attention": "reference", "capacity_factor": None}, inspect.signature(config.factory).parameters
+  plain = {k: v for k, v in plain.items() if k in known}
+  config = dataclasses.replace(config, kwargs={**config.kwargs, **plain})
   return dataclasses.replace(run.model, build=config)
 
 

@@ -66,6 +66,15 @@ def test_a_decoder_is_six_for_each_parameter_and_token_and_causal_attention(opti
   assert found.visible == pytest.approx((seq + 1) / (2 * seq))
 
 
+@pytest.mark.parametrize("capacity_factor", [None, 1.0, 2.0])
+def test_a_token_counts_the_experts_that_it_chose_whatever_room_there_is(capacity_factor):
+  width, vocab, seq, batch, hidden, experts = 32, 64, 16, 8, 48, 4
+  model = dict(name="decoder", vocab_size=vocab, context=seq, width=width, depth=1, heads=4, experts=experts, top_k=2)
+  found = work.of(built(model | dict(mlp_dim=hidden, capacity_factor=capacity_factor), seq, batch))
+  layer = 4 * width * width + 2 * (3 * width * hidden + width) + width * experts  # The mean of two is a product, too.
+  assert found.total - found.attention == 6 * (layer + vocab * width) * batch * seq
+
+
 def built(model, seq, batch):
   config = dict(total_steps=10, batch_size=batch, model=model, task=dict(name="language_modeling"))
   config |= dict(data=dict(source=dict(name="synthetic", kind="tokens", length=seq)))
