@@ -23,7 +23,10 @@ from pathlib import Path
 from typing import Any
 
 COMPILER = ("jax", "jaxlib", "libtpu")
-READERS = ("collectives", "compiled", "hlo", "network", "profiles", "program", "reasons")
+READERS = (
+  *(f"plan/{name}.py" for name in ("collectives", "compiled", "hlo", "network", "profiles", "program", "reasons")),
+  "overview.py",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Kept:
 
 def key(module: str, where: str, options: Mapping[str, Any] | None) -> str:
   """Returns the hash of a lowered module's text, its chips, the compiler's options, and the versions of all."""
-  readers = [Path(__file__).parent / f"{name}.py" for name in READERS]
+  readers = [Path(__file__).parent.parent / name for name in READERS]
   return _hash(module, where, json.dumps(dict(options or {}), sort_keys=True), _versions(COMPILER), _content(readers))
 
 

@@ -295,9 +295,9 @@ def _gathered(array, leaf, over, intent, rows) -> bool:
 
 
 def _flat(array, intent) -> bool:
-  """Whether an array is several parameters' gradients laid end to end, as a GPU's compiler sends them."""
+  """Whether an array is several gradients of parameters, and a few sums, laid end to end, as a GPU's compiler does."""
   sizes = [math.prod(leaf.shape) for name, leaf in intent.leaves.items() if name.startswith("params/")]
-  return len(array.dims) == 1 and max(sizes, default=0) < array.count <= sum(sizes)
+  return len(array.dims) == 1 and max(sizes, default=0) < array.count <= sum(sizes) + SMALL // 4
 
 
 def _may_be(dims, shape) -> bool:

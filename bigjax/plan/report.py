@@ -151,6 +151,9 @@ def _changes(run) -> list[tuple[dict[str, Any], str]]:
   if isinstance(config.sharding, str) and "fsdp" not in config.sharding and run.mesh.shape.get("data", 1) > 1:
     sharded = "fsdp" if config.sharding in ("auto", "replicated") else f"{config.sharding}+fsdp"
     found.append(({"sharding": sharded}, "a part of the state on each device"))
+  if model("capacity_factor") is None and run.mesh.shape.get("expert", 1) > 1:
+    why = "room for a quarter more choices than an expert's mean instead of for all; another model: the rest is dropped"
+    found.append(({"model.capacity_factor": 1.25}, why))
   for parts in (2, 4, 8):
     if config.batch_size % (parts * ways) == 0:
       change = {"batch_size": config.batch_size // parts, "accumulate": 1}

@@ -81,6 +81,17 @@ def test_what_does_not_fit_says_how_much_is_missing_and_the_cheapest_change_that
   assert again.task.kwargs["loss_chunks"] == 8
 
 
+def test_experts_on_devices_of_their_own_may_be_given_a_capacity(small):
+  experts = dict(
+    model__experts=8, model__top_k=4, model__remat="full", mesh=(("data", 2), ("expert", 4)), sharding="fsdp+expert"
+  )
+  roomy = report.make(prepared(small(batch_size=2**20, **experts)))
+  remedies = [r for r in roomy["memory"]["remedies"] if r["flags"] == "--config.model.capacity_factor=1.25"]
+  assert len(remedies) == 1 and remedies[0]["about"] < roomy["memory"]["total"]
+  limited = report.make(prepared(small(batch_size=2**20, model__capacity_factor=1.25, **experts)))
+  assert not any("capacity" in r["flags"] for r in limited["memory"]["remedies"])
+
+
 def test_the_command_prints_json_and_writes_a_page_that_shows_no_config_as_html(small, tmp_path, capsys):
   (tmp_path / "config.json").write_text(json.dumps(small(mesh=(("data", 8),))))
   flags = [f"--config={tmp_path / 'config.json'}", "--topology=h100:8", "--json", f"--out={tmp_path / 'out'}"]
