@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -22,15 +23,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-from bigjax import config as configs
-from bigjax import experiment, ledger, metrics
-from bigjax.chaos import faults
+from bigjax.chaos import compare, faults
 from bigjax.chaos.faults import Fault
 from bigjax.checkpoint import Checkpoints
-from bigjax.commands import ledger as ledger_command
-from bigjax.commands import repro
 from bigjax.errors import LOST, STOPPED, UserError
 
 # What hangs is to be found in seconds here, not minutes.
@@ -49,9 +44,6 @@ ENDINGS = {
   "disk full a while": ({0}, {0}),
 }
 KILLED = ({-signal.SIGKILL}, GONE)
-
-# Gradients so far below the largest of their leaf, or of all, are what rounding leaves of sums that cancel.
-NOISE = (1e-5, 1e-7)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,19 +127,28 @@ class Harness:
   places: Sequence[tuple[int, int]]  # Processes and devices of each, taken in turn.
   limit: float  # Seconds after which a start counts as hung.
   peer_timeout: float = 20.0
-  tolerance: float = 0.0  # Relative, of the last states: above 0 where places differ and the arithmetic with them.
+  tolerance: float = 0.0  # Above 0 where places differ and the arithmetic with them: see compare.py.
   say: Callable[[str], None] = print
 
   def undisturbed(self) -> str:
-    """Returns the folder of a run that nothing happens to."""
-    workdir = os.path.join(self.out, "undisturbed")
-    shutil.rmtree(workdir, ignore_errors=True)
-    start = self.start(workdir, 0, None, self.places[0])
-    if any(c != 0 for c in start.codes):
-      raise UserError(
-        f"--config={self.config}: it does not end well undisturbed (exit codes {start.codes}):\n{start.said}"
-      )
-    return workdir
+    """Returns the folder of a run that nothing happens to.
+
+    Where rounding is to be allowed for, there is one more on each of the other places.
+
+    Raises:
+      UserError: It does not end well, or rounding alone is too much.
+    """
+    for place in dict.fromkeys(self.places if self.tolerance else self.places[:1]):
+      workdir = self._undisturbed(place)
+      shutil.rmtree(workdir, ignore_errors=True)
+      start = self.start(workdir, 0, None, place)
+      if any(c != 0 for c in start.codes):
+        raise UserError(
+          f"--config={self.config}: it does not end well undisturbed (exit codes {start.codes}):\n{start.said}"
+        )
+    if self.tolerance:
+      self._rounding.check(", ".join(f"{p} x {d}" for p, d in dict.fromkeys(self.places)))
+    return self._undisturbed(self.places[0])
 
   def disturbed(self, number: int, rng: random.Random, kinds: Sequence[str], most: int, reference: str) -> Outcome:
     """Returns what became of a run that `most` faults strike, one a start, or fewer if it ends before."""
@@ -180,35 +181,17 @@ class Harness:
     )
 
   def compare(self, reference: str, workdir: str) -> tuple[list[str], int]:
-    """Returns (differences, numbers compared) of two ended runs: the last state, the metrics, the ledger."""
-    (old, step, beside), (new, *other) = (_last(w) for w in (reference, workdir))
-    found = [f"{n}: only in one of them" for n in sorted(old.keys() ^ new.keys())]
-    noise = _noise(old) if self.tolerance else {}
-    found += [n for n in sorted(old.keys() & new.keys()) if not self._same(n, old[n], new[n], noise)]
-    found += [f"the last step: {step} -> {other[0]}"] if step != other[0] else []
-    if self.tolerance:
-      rows, count = _rows_close(reference, workdir, 100 * self.tolerance)
-    else:
-      rows, count = repro.compare(reference, workdir)
-      found += [] if rows else _files_same(reference, workdir)
-    found += [f"beside the state: {beside} -> {other[1]}"] if beside != other[1] and not self.tolerance else []
-    fed, records = _fed(reference, workdir)
-    return found + rows + fed, count + records + sum(x.size for x in old.values())
+    """Returns (differences, numbers compared) of two ended runs."""
+    return compare.compare(reference, workdir, self._rounding if self.tolerance else None, self.say)
 
-  def _same(self, name, a, b, noise):
-    if a.dtype != b.dtype or a.shape != b.shape:
-      return False
-    if self.tolerance and np.issubdtype(a.dtype, np.floating):
-      apart = np.abs(a.astype(np.float64) - b)
-      allowed = self.tolerance * max(np.abs(a).max(initial=0), 1e-30)
-      left_out = next((where for end, where in noise.items() if name.endswith(f"/{end}")), np.zeros(a.shape, bool))
-      if (apart[left_out] > allowed).any():
-        self.say(
-          f"    left out: {left_out.sum()} of {a.size} of {name}, whose gradients are rounding noise; they differ by "
-          f"up to {apart[left_out].max():.2g}, the others by {apart[~left_out].max(initial=0):.2g}"
-        )
-      return bool((apart[~left_out] <= allowed).all())
-    return a.tobytes() == b.tobytes()
+  @functools.cached_property
+  def _rounding(self):
+    first, *others = (self._undisturbed(place) for place in dict.fromkeys(self.places))
+    return compare.Rounding.between(first, others, self.tolerance)
+
+  def _undisturbed(self, place):
+    name = "undisturbed" if place == self.places[0] else f"undisturbed-{place[0]}x{place[1]}"
+    return os.path.join(self.out, name)
 
   def start(self, workdir: str, number: int, fault: Fault | None, place: tuple[int, int]) -> Start:
     """Starts all processes of a run once, and waits for their end."""
@@ -416,69 +399,9 @@ def _events(file):
   return []
 
 
-def _last(workdir) -> tuple[dict[str, np.ndarray], int, dict[str, Any]]:
-  """The last state, its step, and what was remembered beside it."""
-  with Checkpoints(workdir, read_only=True) as checkpoints:
-    step = max(checkpoints.steps())
-    return checkpoints.read(step), step, checkpoints.loop(step)
-
-
-def _noise(state):
-  """Which elements of leaves have gradients that are nothing but rounding, by the end of the leaves' names.
-
-  Where an exact gradient is zero, as that of a bias of keys, which softmax does not see, what is computed is noise. An
-  optimizer that divides gradients by their own size steps at its full rate in the direction of that noise, which is
-  another on other places, and nothing that the model says depends on it. Such an optimizer has their second moment.
-  """
-  sizes = {n.rpartition("/nu/")[2]: np.sqrt(x.astype(np.float64)) for n, x in state.items() if "/nu/" in n and x.size}
-  most = max((x.max() for x in sizes.values()), default=0.0)
-  low = {name: (x > 0) & (x < max(NOISE[0] * x.max(), NOISE[1] * most)) for name, x in sizes.items()}
-  return {name: where for name, where in low.items() if where.any()}
-
-
 def _last_step(workdir):
   with Checkpoints(workdir, read_only=True) as checkpoints:
     return max(checkpoints.steps())
-
-
-def _files_same(a, b):
-  """Whether the metrics are the same byte by byte."""
-  names = ("metrics.jsonl", "metrics.csv")
-  read = lambda w, name: open(os.path.join(w, name), "rb").read() if os.path.exists(os.path.join(w, name)) else None
-  return [f"{name}: not the same bytes" for name in names if read(a, name) != read(b, name)]
-
-
-def _fed(a, b) -> tuple[list[str], int]:
-  """What differs in what the steps were fed, and how many records were compared and held against the config's order."""
-  config = configs.resolve(configs.read(os.path.join(b, "config.json")), experiment.TrainConfig)
-  history = ledger.History.of(b)
-  lines, wrong = ledger_command.verified(experiment.order(config), history)
-  old, new = ({s: _sums(h, s) for s in h.steps} for h in (ledger.History.of(a), history))
-  found = [f"ledger, step {s}" for s in sorted(old.keys() | new.keys()) if old.get(s) != new.get(s)]
-  return found + ([f"ledger: {lines}"] if wrong else []), len(old)
-
-
-def _sums(history, step):
-  attempt = history.steps[step]
-  return attempt.sums[np.searchsorted(attempt.steps, step)].tolist()
-
-
-def _rows_close(a, b, tolerance):
-  old, new = ({(r["step"], k): v for r in metrics.read_rows(w) for k, v in r.items()} for w in (a, b))
-  keys = [k for k in old.keys() | new.keys() if k[1].rpartition("/")[2] not in repro.TIMINGS]
-  return [
-    f"step {s} {k}: {old.get((s, k))} -> {new.get((s, k))}"
-    for s, k in sorted(keys)
-    if not _close(old.get((s, k)), new.get((s, k)), tolerance)
-  ], len(keys)
-
-
-def _close(x, y, tolerance):
-  if repr(x) == repr(y):
-    return True
-  if isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
-    return all(_close(a, b, tolerance) for a, b in zip(x, y))
-  return isinstance(x, float) and isinstance(y, float) and abs(x - y) <= tolerance * max(abs(x), 1e-3)
 
 
 def _free_port():

@@ -2,7 +2,8 @@
 
 Real processes are killed, their disk is filled, their files are damaged, their input stalls or turns to NaN. Each run
 goes on from what it left, until it ends; then its last state, its metrics and its ledger are compared with those of a
-run that nothing happened to: to the bit, unless places with different arithmetic were asked for.
+run that nothing happened to: to the bit, unless places with different arithmetic were asked for (--also), where
+rounding makes a difference: then, as closely as undisturbed runs on these places agree.
 
 Time-outs are lowered (config.watchdog, --peer_timeout). Of a run's checkpoints never all are damaged: without an intact
 one a run says so and ends with an error.
@@ -43,7 +44,10 @@ def main(argv: list[str]) -> int:
     "--tolerance",
     type=float,
     default=0.0,
-    help="relative, of states in the end; what has no gradient but rounding noise is left out, and said",
+    metavar="T",
+    help="for --also: the most that states may differ by in the end, relative to a leaf's largest value. What is "
+    "allowed is ten times what undisturbed runs on these places differ by; more than T is refused. 1e-4 suits float32, "
+    "0.05 bfloat16, where training does not make rounding grow. What has no gradient but noise is left out, and said",
   )
   parser.add_argument("--limit", type=float, default=180, metavar="SECONDS", help="that a start may take")
   parser.add_argument(
