@@ -7,6 +7,7 @@ Expected times are calibrated on one published run, see calibration.py.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from bigjax import sharding
@@ -32,6 +33,8 @@ def make(
     keep: where what compiled programs came to is kept.
     compile: without it, or where there is no compiler for the chip, there are estimates alone.
   """
+  if price is not None and not 0 <= price < math.inf:
+    raise UserError(f"--price={price} must be what a chip costs for an hour.")
   run, profile = prepared.run, prepared.profile
   compile = compile and topology.compiles(prepared.topology)
   found = {

@@ -35,8 +35,10 @@ def environment(topology: str = "") -> None:
   """Sets what the compiler has to be told where there is no TPU; call it before JAX is imported.
 
   Raises:
-    UserError: The compiler is not installed.
+    UserError: There is no such topology, or its compiler is not installed.
   """
+  if topology:
+    check(topology)
   if topology.partition(":")[0] in GPUS:
     os.environ["JAX_PLATFORMS"] = "cpu"
     return
@@ -70,19 +72,9 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
   Raises:
     UserError: There is no such topology.
   """
-  chip, _, shape = topology.partition(":")
-  if chip not in SLICES | GPUS:
-    known = "\n".join(f"  {name}: {_listed(name)}" for name in SLICES | GPUS)
-    raise UserError(
-      f"--topology={topology}: there is no chip {chip!r}.{suggest(chip, SLICES | GPUS)} Chips along each side:\n{known}"
-    )
+  chip, shape = check(topology, slices)
   if chip in GPUS:
-    return _gpus(topology, chip, shape, slices)
-  sides = len(SLICES[chip][0].split("x"))
-  if not re.fullmatch(r"\d+" + r"x\d+" * (sides - 1), shape):
-    raise UserError(f"--topology={topology}: a {chip} has {sides} dimensions, write it as one of {_listed(chip)}.")
-  if slices < 1:
-    raise UserError(f"--num_slices={slices} must be positive.")
+    return _gpus(topology, chip, shape)
   import jax
   from jax.experimental import topologies
 
@@ -96,11 +88,31 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
   return list(found.devices)
 
 
-def _gpus(topology, chip, shape, slices):
-  if not re.fullmatch(r"\d+(x\d+)?", shape):
+def check(topology: str, slices: int = 1) -> tuple[str, str]:
+  """Returns the chip and the shape that a topology names.
+
+  Raises:
+    UserError: There is no such chip, or none in such a shape.
+  """
+  chip, _, shape = topology.partition(":")
+  if chip not in SLICES | GPUS:
+    known = "\n".join(f"  {name}: {_listed(name)}" for name in SLICES | GPUS)
+    raise UserError(
+      f"--topology={topology}: there is no chip {chip!r}.{suggest(chip, SLICES | GPUS)} Chips along each side:\n{known}"
+    )
+  sides = len(SLICES[chip][0].split("x")) if chip in SLICES else None
+  if sides and not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (sides - 1), shape):
+    raise UserError(f"--topology={topology}: a {chip} has {sides} dimensions, write it as one of {_listed(chip)}.")
+  if not sides and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", shape):
     raise UserError(f"--topology={topology}: write GPUs, or hosts x GPUs of one, such as {_listed(chip)}.")
-  if slices != 1:
+  if slices < 1:
+    raise UserError(f"--num_slices={slices} must be positive.")
+  if not sides and slices != 1:
     raise UserError(f"--num_slices={slices}: GPUs have no slices; name all hosts in --topology.")
+  return chip, shape
+
+
+def _gpus(topology, chip, shape):
   *hosts, each = map(int, shape.split("x"))
   if gpus.compiler() is None:
     return _standing_in(topology, math.prod(hosts) * each)

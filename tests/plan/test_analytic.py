@@ -97,6 +97,7 @@ def test_the_command_prints_json_and_writes_a_page_that_shows_no_config_as_html(
   flags = [f"--config={tmp_path / 'config.json'}", "--topology=h100:8", "--json", f"--out={tmp_path / 'out'}"]
   assert main.main(["plan", *flags, "--price=2"]) == 0
   found = json.loads(capsys.readouterr().out)
+  assert main.main(["plan", *flags, "--price=-2"]) == 2 and "--price" in capsys.readouterr().err
   assert found["run"]["cost"] == pytest.approx(2 * found["run"]["chip_hours"])
   page = (tmp_path / "out" / "plan.html").read_text()
   assert page.startswith("<!doctype html>") and "decoder on h100:8" in page

@@ -37,6 +37,9 @@ def get_config():
     ("v5p:4x4", 1, "a v5p has 3 dimensions, write it as one of 2x2x1 (4 chips)"),
     ("v6e", 1, "write it as one of 1x1 (1 chips), 2x2 (4 chips)"),
     ("v5e:2x4", 0, "--num_slices=0 must be positive"),
+    ("v5p:0x2x2", 1, "write it as one of 2x2x1 (4 chips)"),
+    ("h100:0", 1, "write GPUs, or hosts x GPUs of one"),
+    ("h100:8", 2, "GPUs have no slices"),
   ],
 )
 def test_a_topology_that_does_not_exist_is_refused_with_those_that_do(name, slices, words):
@@ -49,6 +52,10 @@ def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
   monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match=r"pip install .*bigjax\[plan\]"):
     topology.environment()
+  with pytest.raises(UserError, match=r"pip install .*bigjax\[plan\]"):
+    topology.environment("v5p:4x4x8")
+  with pytest.raises(UserError, match="no chip 'v5x'"):  # Before that, since it helps nobody who has no such chip.
+    topology.environment("v5x:4x4")
 
 
 @pytest.mark.slow
