@@ -1,14 +1,13 @@
 """Checkpoints damaged at random, scripts/fuzz/checkpoints.py: found, or the same values to the bit."""
 
-import importlib.util
+import importlib
 import pathlib
+import sys
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "fuzz" / "checkpoints.py"
-spec = importlib.util.spec_from_file_location("fuzz_checkpoints", SCRIPT)
-fuzz = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fuzz)
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "scripts" / "fuzz"))
+fuzz = importlib.import_module("checkpoints")
 
 
 def check(cases, seed):

@@ -4,7 +4,8 @@ The index is made once, by going from one record's length to the next, and kept 
 folder where that is not allowed. It holds as long as the files' sizes and times of change are the same.
 
 A record is its length (8 bytes, little-endian), a checksum of that (4), the data, and a checksum of these (4):
-https://www.tensorflow.org/tutorials/load_data/tfrecord.
+https://www.tensorflow.org/tutorials/load_data/tfrecord. Both are looked at wherever a record is read, at 10 GB/s; where
+google-crc32c is without its part in C, which is 1,000 times as fast as Python, neither is.
 """
 
 import functools
@@ -15,6 +16,7 @@ import os
 import pathlib
 import struct
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -41,16 +43,37 @@ class Files:
     file, offsets = self._open(filename), self._offsets[filename]
     records = []
     for start, stop in zip(offsets[positions].tolist(), offsets[positions + 1].tolist()):
-      record = os.pread(file.number, stop - start - 16, start + 12)
-      if len(record) != stop - start - 16:
+      record = os.pread(file.number, stop - start, start)
+      if len(record) != stop - start:
         raise UserError(damaged(filename, "it is shorter than when it was indexed"))
-      records.append(record)
+      header, data = record[:8], record[12:-4]
+      if _checks() and (_masked(header) != record[8:12] or _masked(data) != record[-4:]):
+        raise UserError(damaged(filename, f"the record at byte {start:,} is not as its checksums say"))
+      records.append(data)
     return records
 
 
 def damaged(file: str, how: str) -> str:
   """Returns what to tell the person whose file can't be read."""
   return f"{file[:300]} is damaged: {how}. Copy it again, or prepare the dataset again (`bigjax data prepare`)."
+
+
+def _masked(data: bytes) -> bytes:
+  """The checksum as the format has it: CRC-32C, turned by 15 bits and shifted, as files hold checksums of checksums."""
+  crc = _crc32c().value(data)
+  return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+@functools.cache
+def _crc32c():
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # That it is slow: then it is not used.
+    import google_crc32c
+  return google_crc32c
+
+
+def _checks() -> bool:
+  return _crc32c().implementation == "c"
 
 
 class _Descriptor:

@@ -3,7 +3,7 @@
 refused    a `UserError`: one message that names what is wrong
 the same   the same values as before
 changed    other values, and nothing in the format by which that could be known
-CHANGED    other values, though what was read has digests
+CHANGED    other values, though what was read has digests or checksums
 UNCLEAR    refused in words that don't say what, or that go on for pages
 CRASH      any other exception, or a signal
 SLOW       no end within the limit
@@ -54,7 +54,7 @@ class Target:
   read: Callable[[pathlib.Path], Any]  # Reads them to the end; returns the values.
   kinds: Mapping[str, damage.Damage]
   files: tuple[str, ...] = ("*",)  # Which of them are damaged.
-  sure: bool = False  # Other values are a failure.
+  sure: str | None = None  # Other values are a failure as long as there is such a file, with digests.
   said: str | None = None  # What a refusal has to match; by default it names a file or the folder.
 
 
@@ -187,7 +187,8 @@ def _case(target, scratch, whole, expected, seed, number):
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
       warnings.simplefilter("ignore")
       got = fingerprint(target.read(folder))
-    outcome, why = ("the same", "") if got == expected else ("CHANGED" if target.sure else "changed", "other values")
+    sure = target.sure is not None and any(folder.rglob(target.sure))
+    outcome, why = ("the same", "") if got == expected else ("CHANGED" if sure else "changed", "other values")
   except UserError as e:
     outcome, why = _judged(str(e), target, folder, whole), str(e)
   except MemoryError as e:

@@ -25,6 +25,7 @@ import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import damage
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +71,7 @@ def run(cases: int, seed: int, unprotected: bool = False) -> tuple[collections.C
       draw = np.random.default_rng((seed, case))
       workdir = pathlib.Path(directory) / "case"
       shutil.copytree(saved, workdir, symlinks=True)
-      kinds = damaged(workdir / "checkpoints" / f"{NEWER:08d}", draw)
+      kinds = damage.damaged(workdir / "checkpoints" / f"{NEWER:08d}", draw, KINDS)
       outcome = read_plainly(workdir) if unprotected else started(workdir, case)
       counts["+".join(kinds) if len(kinds) == 1 else "several", outcome.partition(":")[0]] += 1
       if outcome.partition(":")[0] not in ("found", "the same"):
@@ -132,48 +133,6 @@ def same(state, step):
   )
 
 
-def damaged(directory: pathlib.Path, draw: np.random.Generator) -> list[str]:
-  """Does one to three things to the files of a checkpoint; returns which."""
-  kinds = [str(draw.choice(list(KINDS))) for _ in range(draw.choice([1, 1, 1, 2, 3]))]
-  for kind in kinds:
-    files = sorted(f for f in directory.rglob("*") if f.is_file())
-    if files:
-      KINDS[kind](files[draw.integers(len(files))], draw, directory)
-  return kinds
-
-
-def _flip(file, draw, directory):
-  content = bytearray(file.read_bytes())
-  for _ in range(draw.choice([1, 1, 2, 64])):
-    if content:
-      content[draw.integers(len(content))] ^= 1 << draw.integers(8)
-  file.write_bytes(content)
-
-
-def _overwrite(file, draw, directory):
-  content = bytearray(file.read_bytes())
-  at = int(draw.integers(len(content) + 1))
-  new = draw.bytes(int(draw.integers(1, 200)))[: len(content) - at]
-  content[at : at + len(new)] = new
-  file.write_bytes(content)
-
-
-def _zero(file, draw, directory):
-  content = bytearray(file.read_bytes())
-  at = int(draw.integers(len(content) + 1))
-  length = min(len(content) - at, int(draw.choice([1, 512, 4096])))
-  content[at : at + length] = bytes(length)
-  file.write_bytes(content)
-
-
-def _swap(file, draw, directory):
-  files = sorted(f for f in directory.rglob("*") if f.is_file())
-  other = files[draw.integers(len(files))]
-  contents = file.read_bytes(), other.read_bytes()
-  other.write_bytes(contents[0])
-  file.write_bytes(contents[1])
-
-
 def _older(file, draw, directory):
   """A file of the older checkpoint, as a copy that was interrupted leaves it."""
   other = directory.parent / f"{OLDER:08d}" / file.relative_to(directory)
@@ -181,16 +140,6 @@ def _older(file, draw, directory):
     shutil.copyfile(other, file)
   else:
     file.unlink()
-
-
-def _link(file, draw, directory):
-  file.unlink()
-  file.symlink_to(draw.choice([str(directory), "/nonexistent", str(file)]))
-
-
-def _folder(file, draw, directory):
-  file.unlink()
-  file.mkdir()
 
 
 def _manifest(file, draw, directory):
@@ -210,21 +159,13 @@ def _manifest(file, draw, directory):
 
 
 KINDS = {
-  "flip": _flip,
-  "overwrite": _overwrite,
-  "zero": _zero,
-  "cut": lambda file, draw, directory: os.truncate(file, int(draw.integers(file.stat().st_size + 1))),
-  "grow": lambda file, draw, directory: file.write_bytes(file.read_bytes() + draw.bytes(int(draw.integers(1, 99)))),
-  "empty": lambda file, draw, directory: file.write_bytes(b""),
-  "remove": lambda file, draw, directory: file.unlink(),
+  **{name: damage.CONTENT[name] for name in ("flip", "overwrite", "zero", "cut", "grow")},
   # Without all of it there is none, which is nothing to be said.
   "folder lost": lambda file, draw, directory: shutil.rmtree(
     file.parent if file.parent != directory else file.parent / "state", True
   ),
-  "swap": _swap,
+  **{name: damage.PLACE[name] for name in ("empty", "remove", "swap", "link", "folder")},
   "older": _older,
-  "link": _link,
-  "folder": _folder,
   "manifest": _manifest,
 }
 

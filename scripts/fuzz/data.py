@@ -202,10 +202,13 @@ TARGETS = [
   ),
   _target("conversations", _conversations, _chat, TREE, said=r"path: |template"),
   _target("token store", _store, _rows, TREE),
-  _target("token store, verified", _store, _verified, TREE, sure=True),
+  _target("token store, verified", _store, _verified, TREE, sure="*"),
   *(
     _target(name, functools.partial(_dataset, kind=kind), _examples, TREE, (files, "*.json"))
     for name, (kind, files) in DATASETS.items()
+  ),
+  _target(
+    "TFRecord, records", functools.partial(_dataset, kind="tfrecord"), _examples, TREE, ("*tfrecord*",), sure="*"
   ),
   *(
     _target(n, _images, functools.partial(_decoded, name=n), damage.CONTENT, (n,), said="'image'|cut short|damaged")

@@ -213,6 +213,19 @@ def test_a_missing_or_shortened_file_is_an_error_that_names_it(copied, file_form
     tfds.make(f"toy_{file_format}", split="train", data_dir=os.fspath(copied))
 
 
+@pytest.mark.parametrize("place", [9, 12, 40, -1])  # The length's checksum, the data, their checksum.
+def test_a_flipped_bit_of_a_tfrecord_is_found_by_its_checksums(copied, place):
+  victim = shards(copied)[0]
+  data = bytearray(victim.read_bytes())
+  length = int.from_bytes(data[:8], "little")
+  data[place if place > 0 else length + 16 + place] ^= 4
+  victim.write_bytes(data)
+  source = tfds.make("toy_tfrecord", split="train", data_dir=os.fspath(copied))
+  with pytest.raises(UserError, match=rf"{victim.name} is damaged: the record at byte 0 is not as its checksums say"):
+    source.fetch(np.arange(50))
+  assert len(source.fetch(np.arange(1, 50))["label"]) == 49
+
+
 def test_a_missing_dataset_says_where_it_was_looked_for_what_is_there_and_what_to_run(data_dir):
   with pytest.raises(UserError) as error:
     tfds.make("mnist", split="train", data_dir=data_dir)
