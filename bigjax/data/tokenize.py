@@ -195,7 +195,7 @@ def _shard(job: _Job, tokenizer: tokenizers.Tokenizer, i: int, part) -> dict[str
 def _encoded(job: _Job, tokenizer, part) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields the tokens of many documents, and the tokens and bytes of each.
 
-  The next batch is encoded, by a library that needs no Python, while this one is used.
+  The next batch is encoded, as far as the library does it without Python, while this one is used.
   """
   before, after = np.array(job.before, np.int32), np.array(job.after, np.int32)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:

@@ -2,8 +2,9 @@
 
 `load` reads what models are published with: `tokenizer.json` of Hugging Face, a SentencePiece model, GPT-2's
 vocabulary with its merges, tiktoken's ranks; and there are bytes and characters, which need no library. All but the
-latter two run in the `tokenizers` or the `sentencepiece` library, on whole batches. What a text says is never taken for
-a control token, unless asked for: a page about `<|endoftext|>` must not end a document.
+latter two run in the `tokenizers` or the `sentencepiece` library, on batches, or on words not seen yet (wordwise.py).
+What a text says is never taken for a control token, unless asked for: a page about `<|endoftext|>` must not end a
+document.
 """
 
 import base64
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from bigjax.data import wordwise
 from bigjax.errors import UserError, shown, suggest
 
 # How text is cut into words before pairs are merged, and control tokens, of vocabularies whose files don't tell.
@@ -350,10 +352,15 @@ def _hugging_face(tokenizer, config: Mapping[str, str]) -> Tokenizer:
   def reading_control_tokens():
     return _library("tokenizers").Tokenizer.from_str(tokenizer.to_str())
 
-  def encode(texts, special):
-    chosen = reading_control_tokens() if special else tokenizer
+  def by_library(texts, chosen=tokenizer):
     found = chosen.encode_batch(list(texts), add_special_tokens=False)
     return [np.array(encoding.ids, np.int32) for encoding in found]
+
+  pattern = _word_pattern(tokenizer)
+  plainly = by_library if pattern is None else wordwise.Encoder(pattern, by_library)
+
+  def encode(texts, special):
+    return by_library(texts, reading_control_tokens()) if special else plainly(texts)
 
   def files():
     config = {f"{role}_token": tokenizer.id_to_token(number) for role, number in roles.items()}
@@ -373,6 +380,23 @@ def _hugging_face(tokenizer, config: Mapping[str, str]) -> Tokenizer:
     _decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False),
     begin=begin,
   )
+
+
+def _word_pattern(tokenizer) -> str | None:
+  """Returns what cuts text into words, if it is known and a word's tokens depend on nothing else."""
+  made = json.loads(tokenizer.to_str())
+  if made["normalizer"] or made["model"]["type"] != "BPE" or made["model"].get("dropout"):
+    return None
+  if not all(token["special"] for token in made["added_tokens"]):  # Others are found in text.
+    return None
+  *before, spelling = (made["pre_tokenizer"] or {}).get("pretokenizers", [made["pre_tokenizer"]]) or [None]
+  if not spelling or spelling["type"] != "ByteLevel" or spelling["add_prefix_space"]:
+    return None
+  if not before:
+    return _GPT2 if spelling["use_regex"] else None
+  split = {"type": "Split", "behavior": "Isolated", "invert": False}
+  found = [pattern for pattern in PATTERNS.values() if before == [{**split, "pattern": {"Regex": pattern}}]]
+  return found[0] if found and not spelling["use_regex"] else None
 
 
 def _gpt2(vocab_file, merges_file) -> Tokenizer:
