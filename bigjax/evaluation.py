@@ -65,11 +65,13 @@ class Evaluation:
     def batches(stream):
       mine, parts = sharding.data_part(run.mesh)
 
-      def finite():
-        found = pipeline.eval_batches(
-          stream.source, batch_size=size, preprocess=stream.preprocess, host=mine, hosts=parts
+      def since(start):
+        return pipeline.eval_batches(
+          stream.source, batch_size=size, preprocess=stream.preprocess, start=start, host=mine, hosts=parts
         )
-        with pipeline.to_device(found, sharding.batch_sharding(run.mesh)) as on_device:
+
+      def finite():
+        with pipeline.to_device(since(0), sharding.batch_sharding(run.mesh), again=since) as on_device:
           yield from between(on_device)
 
       return finite

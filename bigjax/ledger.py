@@ -17,12 +17,13 @@ import collections
 import contextlib
 import dataclasses
 import glob
+import itertools
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -98,8 +99,7 @@ class Ledger:
 
   def __init__(self, workdir: str, plan: pipeline.Plan, first: int, writes: bool = True):
     self._workdir, self._plan, self._first, self._writes = workdir, plan, first, writes
-    self._coming: collections.deque[np.ndarray] = collections.deque()
-    self._fetched = first
+    self._coming: dict[int, np.ndarray] = {}
     before = attempts(workdir, since=first - LOOKED_BACK)
     if jax.process_index() == 0:
       self._check_before(before)
@@ -127,20 +127,27 @@ class Ledger:
     )
     return cls(workdir, plan, first, writer == jax.process_index())
 
-  def fetched(self, epochs: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> None:
-    """Is told what the batches are of, in order, by the thread that makes them."""
-    sums = digest(self._plan.rows, epochs, ids, mask, self._plan.local_size)[0]
-    self._fetched += 1
-    if self._fetched <= self._last:
-      (wanted,) = expected(self._plan, np.array([self._fetched]))
-      if (sums != wanted).any():
-        raise RuntimeError(f"Step {self._fetched} was fed other examples than its place in the order says.")
-    self._coming.append(sums)
+  def following(self, step: int) -> Callable[..., None]:
+    """Returns what is to be told, by the thread that makes them, what the batches are of that follow those of `step`.
+
+    It takes (epochs, ids, mask) of one after the other.
+    """
+    steps = itertools.count(step + 1)
+
+    def fetched(epochs: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> None:
+      sums, step = digest(self._plan.rows, epochs, ids, mask, self._plan.local_size)[0], next(steps)
+      if step <= self._last:
+        (wanted,) = expected(self._plan, np.array([step]))
+        if (sums != wanted).any():
+          raise RuntimeError(f"Step {step} was fed other examples than its place in the order says.")
+      self._coming[step] = sums
+
+    return fetched
 
   def note(self, step: int) -> None:
-    """Takes down that `step` was taken with the next batch."""
+    """Takes down that `step` was taken with its batch."""
     self._steps.append(step)
-    self._sums.append(self._coming.popleft())
+    self._sums.append(self._coming.pop(step))
     if time.monotonic() - self._written > PATIENCE:
       self._write()
 

@@ -4,9 +4,13 @@ A request is heard by a thread, whatever the process is at. Before the first ste
 the process leaves at once, also while it compiles or restores. From then on it is noticed between two steps, between
 two batches of an evaluation, and while a batch does not come. Several processes stop at the same place whichever of
 them is asked: through JAX's key-value store they tell each other how far they are, nobody goes on meanwhile, and the
-next place is where they stop; or this one, if all of them wait for a batch. Where only some do, and what they wait for
-does not come, the others' devices wait for them inside the next step: then there is no state to save, and all leave
-with what was saved before.
+next place is where they stop; or this one, if all of them wait for a batch.
+
+Where only some do, the others' devices wait for them inside a step. The state before it can't be saved: it was given to
+the step, to write the next one into, and keeping a copy of every state would double the memory. Nor can a batch be left
+out by some. So whoever waits reads it anew: a batch is a function of its number, and what stands still is often one
+connection, not what is at its other end. With it all come to the place where they stop. Where it does not come so
+either, there is no state to save, and all leave with what was saved before.
 
 JAX's own listener to SIGTERM does the last part only, and can't be left at once by a second signal.
 """
@@ -36,6 +40,7 @@ GRACE = 30.0
 POLL = 1.0  # Seconds between two looks at what the peers were asked.
 NOTICE = 5.0  # Seconds between two looks at what the machine says.
 SOON = 0.1  # Seconds between two looks while a batch does not come.
+ANEW = 1.0  # Seconds after which a batch that the others wait for in a step is read anew.
 PATIENCE = 15.0  # Seconds that a place to stop at may take to reach, where a batch of some process does not come.
 TOGETHER = 0.3  # Seconds within which signals are one: schedulers send it to a process and to its group.
 
@@ -139,7 +144,7 @@ class Stops:
           batch = batches.take(SOON)
           break
         except queue.Empty:
-          self._lose_patience()
+          self._lose_patience(batches)
     finally:
       with self._lock:
         self._waits = False
@@ -149,10 +154,12 @@ class Stops:
       raise Stopped
     return batch
 
-  def _lose_patience(self):
-    """Ends the run where the others wait for this process in a step that it has no batch for."""
-    late = self._at is not None and not self._here and time.monotonic() - self._decided > PATIENCE
-    if late and self.ends:
+  def _lose_patience(self, batches):
+    """Where the others wait for this process in a step that it has no batch for: reads anew, at last ends the run."""
+    late = 0.0 if self._at is None or self._here else time.monotonic() - self._decided
+    if late > ANEW:
+      batches.begin_again()
+    if late > PATIENCE and self.ends:
       _, me, count = _group(True)
       why = f"stopped ({self._why}) with what was saved before: process {me} of {count} waits for input"
       sys.modules["bigjax.hosts"].end(STOPPED, f"{why}, and the others for it")

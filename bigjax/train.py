@@ -79,7 +79,7 @@ def attempt(config: TrainConfig, workdir: str, stop: Stops, throughout: contextl
       stack.enter_context(record.failure_noted(workdir))
 
     ledger = stack.enter_context(Ledger.of(run, workdir, first, guard.skips))
-    batches = stack.enter_context(train_batches(run, first, guard.skips, ledger.fetched))
+    batches = stack.enter_context(train_batches(run, first, guard.skips, ledger.following))
     rows = dict(resume_step=first or None, again=evaluations.owed)
     writers = stack.enter_context(metrics.Writers(workdir, config.writers, **rows, primary=primary))
     progress = metrics.Progress(run.total_steps, first, *run.pace, quiet=not primary, watch=clock)
@@ -277,20 +277,30 @@ def accumulate(grad_fn, parts: int, skip: bool = False):
 
 
 def train_batches(
-  run: Experiment, first: int, skips: pipeline.Skips = (), fetched: Callable[..., None] | None = None
+  run: Experiment,
+  first: int,
+  skips: pipeline.Skips = (),
+  following: Callable[[int], Callable[..., None]] = lambda step: None,
 ) -> pipeline.Ahead:
-  """Batches on the devices, after those of the first steps; `skips` and `fetched` are those of the pipeline."""
+  """Batches on the devices, after those of the first steps; `skips` are those of the pipeline.
+
+  `following(step)` gives what is told of the batches after those of a step, as the pipeline's `fetched`.
+  """
   mine, parts = sharding.data_part(run.mesh)
-  batches = pipeline.train_batches(
-    run.data.source,
-    batch_size=run.config.batch_size,
-    seed=run.config.seed,
-    preprocess=run.data.preprocess,
-    start_step=first,
-    growth=run.growth,
-    skips=skips,
-    fetched=fetched,
-    host=mine,
-    hosts=parts,
-  )
-  return pipeline.to_device(run.checked(batches), sharding.batch_sharding(run.mesh))
+
+  def since(taken):
+    batches = pipeline.train_batches(
+      run.data.source,
+      batch_size=run.config.batch_size,
+      seed=run.config.seed,
+      preprocess=run.data.preprocess,
+      start_step=first + taken,
+      growth=run.growth,
+      skips=skips,
+      fetched=following(first + taken),
+      host=mine,
+      hosts=parts,
+    )
+    return run.checked(batches)
+
+  return pipeline.to_device(since(0), sharding.batch_sharding(run.mesh), again=since)

@@ -189,6 +189,68 @@ def test_sigterm_to_one_stops_all_at_one_step_and_another_number_of_processes_go
   np.testing.assert_allclose([r.get("loss", 0) for r in a], [r.get("loss", 0) for r in b], rtol=2e-5)
 
 
+STALLED = """
+import os, pathlib, time
+from bigjax.data import synthetic
+def make(kind: str = "images", num_examples: int = 40, shape: tuple[int, ...] = (4, 4, 1), num_classes: int = 3):
+  class Stalled(synthetic.Synthetic):
+    fetched = 0
+    def fetch(self, ids):
+      Stalled.fetched += 1
+      stalls = os.environ.get("STALLS")
+      if stalls and (Stalled.fetched > 28 if stalls == "always" else Stalled.fetched == 28):
+        pathlib.Path(os.environ["STALLED"]).touch()
+        time.sleep(600)
+      return super().fetch(ids)
+  return Stalled(**vars(synthetic.make(kind=kind, num_examples=num_examples, shape=shape, num_classes=num_classes)))
+"""
+
+
+@pytest.mark.parametrize(
+  ("asked", "stalls", "goes_on"),
+  [
+    (0, "once", False),
+    pytest.param(0, "once", True, marks=pytest.mark.slow),
+    pytest.param(1, "once", True, marks=pytest.mark.slow),
+    pytest.param(0, "always", True, marks=pytest.mark.slow),
+  ],
+)
+def test_a_stop_while_one_waits_for_input_that_stands_still_changes_nothing(config, tmp_path, asked, stalls, goes_on):
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "stalled.py").write_text(STALLED)
+  flags = ["--config.total_steps=40", "--config.checkpoint_every=20", "--config.evals.val.every=100"]
+  flags.append("--config.data.source.name=mine.stalled")
+  env = {"PYTHONPATH": str(tmp_path), "STALLED": str(tmp_path / "stalled")}
+
+  def started(workdir, stalls=""):
+    command = ("train", f"--config={config}", f"--workdir={tmp_path / workdir}", *flags)
+    return Processes(*command, count=2, env=lambda i: env | {"STALLS": stalls if i == 1 else ""})
+
+  with started("parts", stalls) as run:
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "stalled").exists():
+      assert time.monotonic() < deadline and all(p.poll() is None for p in run.started.values())
+      time.sleep(0.05)
+    time.sleep(1.0)  # Until what was made ahead is used up: process 0 is in a step that 1 has no batch for.
+    begun = time.monotonic()
+    run.started[asked].send_signal(signal.SIGTERM)
+    written = run.ended(75)
+  said = json.loads((tmp_path / "parts" / "run.json").read_text())
+  saved = max(map(int, os.listdir(tmp_path / "parts" / "checkpoints")))
+  if stalls == "always":
+    assert any("process 1 of 2 waits for input" in err for _, err in written.values()) and saved == 20
+  else:
+    assert said["status"] == "stopped" and said["step"] == saved > 20 and time.monotonic() - begun < 20
+  for workdir in ("parts", "whole") if goes_on else ():
+    with started(workdir) as run:
+      run.ended(0)
+  if not goes_on:
+    return
+  assert (tmp_path / "parts" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+  assert main.main(["checkpoint", "diff", str(tmp_path / "whole"), str(tmp_path / "parts")]) == 0
+  assert fed(tmp_path / "parts") == fed(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_two_processes_stopped_and_started_again_write_the_same_bits(config, tmp_path):
   flags = ["--config.total_steps=300", "--config.checkpoint_every=300", "--config.evals.val.every=100"]

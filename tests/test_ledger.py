@@ -232,8 +232,9 @@ def test_another_host_than_the_first_puts_its_rows_where_the_run_is_kept(tmp_pat
   plan = pipeline.Plan(source, 16, 1, 2, seed=0)
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   with ledger.Ledger(str(here), plan, 0) as book:
+    fetched = book.following(0)
     for step in range(1, 6):
-      book.fetched(*plan.examples((step - 1) * 8 + np.arange(8)))
+      fetched(*plan.examples((step - 1) * 8 + np.arange(8)))
       book.note(step)
     book.settle()
     kept = store / "ledger" / "00001-00001.ledger"

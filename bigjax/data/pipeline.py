@@ -76,13 +76,17 @@ def eval_batches(
   *,
   batch_size: int,
   preprocess: tuple[Any, ...] = (),
+  start: int = 0,
   host: int | Sequence[int] = 0,
   hosts: int = 1,
   prefetch: int = 2,
   threads: int | None = None,
 ) -> "Batches":
-  """Returns every example once, by id, in as many batches on every host; where `mask` is 0 is padding."""
-  return _batches(Plan(source, batch_size, host, hosts), tuple(preprocess), 0, prefetch, threads)
+  """Returns every example once, by id, in as many batches on every host; where `mask` is 0 is padding.
+
+  Without the first `start` batches.
+  """
+  return _batches(Plan(source, batch_size, host, hosts), tuple(preprocess), start, prefetch, threads)
 
 
 def spec(source: Any, preprocess: tuple[Any, ...] = ()) -> dict[str, jax.ShapeDtypeStruct]:
@@ -94,21 +98,26 @@ def spec(source: Any, preprocess: tuple[Any, ...] = ()) -> dict[str, jax.ShapeDt
   return {k: jax.ShapeDtypeStruct(v.shape[1:], jax.dtypes.canonicalize_dtype(v.dtype)) for k, v in batch.items()}
 
 
-def to_device(batches: Iterable[dict[str, np.ndarray]], sharding: jax.sharding.Sharding, ahead: int = 2) -> "Ahead":
+def to_device(
+  batches: Iterable[dict[str, np.ndarray]],
+  sharding: jax.sharding.Sharding,
+  ahead: int = 2,
+  again: Callable[[int], Iterable[dict[str, np.ndarray]]] | None = None,
+) -> "Ahead":
   """Returns `batches` as global arrays laid out by `sharding`, `ahead` of them on the devices before they are used.
 
   Each process gives its parts, see `sharding.data_part`. A thread does it, at its own pace; closing what is returned
-  ends it and closes `batches`.
+  ends it and closes `batches`. `again(n)` gives the same batches without the first n, see `Ahead.begin_again`.
   """
 
-  def put():
+  def put(batches):
     with contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext():
       for i, batch in enumerate(batches):
         if i == 0:
           _check_numeric(batch)
         yield {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
-  return Ahead(put(), ahead)
+  return Ahead(put(batches), ahead, again and (lambda n: put(again(n))))
 
 
 def _check_numeric(batch):
@@ -154,18 +163,25 @@ def _close(generator, lock, closed):
 
 
 class Ahead:
-  """An iterator run by a thread of its own, up to `depth` items before they are asked for."""
+  """An iterator run by a thread of its own, up to `depth` items before they are asked for.
 
-  def __init__(self, generator: Iterator[Any], depth: int):
+  `again(n)`, if there is one, gives the same items without the first n.
+  """
+
+  def __init__(self, generator: Iterator[Any], depth: int, again: Callable[[int], Iterator[Any]] | None = None):
     self._items, self._room, self._stopped = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
-    self._abandoned = threading.Event()
+    self._abandoned, self._again, self._taken = threading.Event(), again, 0
+    self._threads: list[threading.Thread] = []
     for _ in range(max(1, depth)):
       self._room.put(None)
+    self.close = weakref.finalize(self, _stop, self._threads, self._room, self._stopped, self._abandoned)
+    self._begin(generator)
+
+  def _begin(self, generator):
     # The thread must not hold `self`, so that forgetting this object ends it as closing does.
-    parts = (generator, self._items, self._room, self._stopped)
-    thread = threading.Thread(target=_run_ahead, args=parts, name="bigjax-ahead", daemon=True)
-    self.close = weakref.finalize(self, _stop, thread, self._room, self._stopped, self._abandoned)
-    thread.start()
+    parts = (generator, self._taken, self._items, self._room, self._stopped, bool(self._threads))
+    self._threads.append(threading.Thread(target=_run_ahead, args=parts, name="bigjax-ahead", daemon=True))
+    self._threads[-1].start()
 
   def __iter__(self):
     return self
@@ -177,12 +193,26 @@ class Ahead:
     """Returns the next item, as `next` does; raises `queue.Empty` if it is not there within so many seconds."""
     if self._stopped.is_set():
       raise StopIteration
-    item, error = self._items.get(timeout=seconds)
+    number, item, error = self._items.get(timeout=seconds)
+    while number != self._taken:  # Another thread had it first.
+      self._room.put(None)
+      number, item, error = self._items.get(timeout=seconds)
     if error is not None:
       self.close()
       raise error
+    self._taken += 1
     self._room.put(None)
     return item
+
+  def begin_again(self) -> None:
+    """Has one more thread make what comes next from the beginning, once: whichever has an item first gives it.
+
+    What one waits for is often a connection, not what is at its other end.
+    """
+    if self._again is not None and len(self._threads) == 1:
+      self.abandon()
+      self._room.put(None)  # The first thread may have the only one.
+      self._begin(self._again(self._taken))
 
   def abandon(self) -> None:
     """Has closing not wait for the thread, whose source stands still."""
@@ -195,23 +225,27 @@ class Ahead:
     self.close()
 
 
-def _run_ahead(generator, items, room, stopped):
+def _run_ahead(generator, number, items, room, stopped, is_second):
   try:
     with contextlib.closing(generator):
       while True:
         room.get()
         if stopped.is_set():
           return
-        items.put((next(generator), None))
+        items.put((number, next(generator), None))
+        number += 1
   except BaseException as e:  # Its end or its failure: the consumer's to see.
-    items.put((None, e))
+    if isinstance(e, StopIteration) or not is_second:  # A second attempt that fails leaves it to the first.
+      items.put((number, None, e))
 
 
-def _stop(thread, room, stopped, abandoned):
+def _stop(threads, room, stopped, abandoned):
   stopped.set()
-  room.put(None)
-  if thread is not threading.current_thread():  # The collector of garbage runs in any thread.
-    thread.join(0 if abandoned.is_set() else _CLOSING)
+  for _ in threads:
+    room.put(None)
+  for thread in threads:
+    if thread is not threading.current_thread():  # The collector of garbage runs in any thread.
+      thread.join(0 if abandoned.is_set() else _CLOSING)
 
 
 def taken(steps: np.ndarray | int, skips: Skips) -> np.ndarray:

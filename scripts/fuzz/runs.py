@@ -145,8 +145,9 @@ def _workdir(folder: pathlib.Path) -> None:
   for first, last in ((0, 20), (15, 40)):
     plan = _plan()
     with Ledger(str(folder), plan, first) as ledger:
+      fetched = ledger.following(first)
       for step in range(first, last):
-        ledger.fetched(*plan.examples(np.arange(step * 8, step * 8 + 8)))
+        fetched(*plan.examples(np.arange(step * 8, step * 8 + 8)))
         ledger.note(step + 1)
   found = {
     "bundle": 1, "steps": [3, 4], "kind": "nonfinite", "measured": {"loss": "nan", "grad_norm": 1.0}, "workdir": "w",

@@ -223,6 +223,46 @@ def test_who_waits_hears_that_nothing_came_and_a_source_that_stands_still_holds_
   comes.set()
 
 
+def test_what_stands_still_is_read_anew_once_and_each_item_comes_once():
+  comes, readings = threading.Event(), []
+
+  def reading(first):
+    readings.append(first)
+    for i in range(first, 6):
+      if i == 2 and len(readings) == 1:
+        comes.wait()
+      yield i
+
+  with pipeline.Ahead(reading(0), 1, reading) as ahead:
+    assert [ahead.take(60.0), ahead.take(60.0)] == [0, 1]
+    with pytest.raises(queue.Empty):
+      ahead.take(0.05)
+    ahead.begin_again()
+    ahead.begin_again()
+    assert ahead.take(60.0) == 2 and readings == [0, 2]
+    comes.set()  # The first goes on as well; whichever is first gives an item.
+    assert list(ahead) == [3, 4, 5]
+
+
+def test_a_second_reading_that_fails_leaves_it_to_the_first():
+  comes = threading.Event()
+
+  def held():
+    comes.wait()
+    yield 0
+
+  def torn(first):
+    raise OSError(first)
+    yield
+
+  with pipeline.Ahead(held(), 1, torn) as ahead:
+    ahead.begin_again()
+    with pytest.raises(queue.Empty):
+      ahead.take(0.2)
+    comes.set()
+    assert list(ahead) == [0]
+
+
 def test_batches_arrive_split_over_the_devices():
   mesh = Mesh(np.array(jax.devices()), ("data",))
   sharding = NamedSharding(mesh, PartitionSpec("data"))
