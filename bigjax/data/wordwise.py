@@ -51,7 +51,11 @@ class Encoder:
     known = [self._known(text) is not None for text in texts]
     others = iter(self._encode([text for text, here in zip(texts, known, strict=True) if not here]))
     with self._lock:
-      found = iter(self._looked_up([self._find(text) for text, here in zip(texts, known, strict=True) if here]))
+      try:
+        found = iter(self._looked_up([self._find(text) for text, here in zip(texts, known, strict=True) if here]))
+      except BaseException:
+        self._forget()  # Or words that have a number might have no tokens, or another's.
+        raise
     return [next(found if here else others) for here in known]
 
   def _looked_up(self, texts: list[list[str]]) -> list[np.ndarray]:

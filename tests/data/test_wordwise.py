@@ -100,3 +100,18 @@ def test_only_vocabularies_that_cut_words_first_and_by_a_known_pattern(monkeypat
   ):
     tokenizers.hugging_face({**made, **changes}, {}).encode(["a cat"])
     assert len(asked) == 1, changes
+
+
+def test_a_failure_of_the_library_leaves_no_word_with_anothers_tokens():
+  failing = True
+
+  def encode(texts):
+    if failing and texts:
+      raise MemoryError
+    return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+  encoder = wordwise.Encoder(tokenizers.PATTERNS["gpt2"], encode)
+  with pytest.raises(MemoryError):
+    encoder(["a cat"])
+  failing = False
+  assert bytes(encoder(["the cat", "a"])[0].astype(np.uint8)) == b"the cat"
