@@ -24,7 +24,10 @@ from typing import Any
 
 COMPILER = ("jax", "jaxlib", "libtpu")
 READERS = (
-  *(f"plan/{name}.py" for name in ("collectives", "compiled", "hlo", "network", "profiles", "program", "reasons")),
+  *(
+    f"plan/{name}.py"
+    for name in ("collectives", "compiled", "hlo", "network", "profiles", "program", "reasons", "work")
+  ),
   "overview.py",
 )
 

@@ -14,9 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
-from bigjax.plan import collectives, hlo
+from bigjax.plan import collectives, hlo, work
 
 # Arrays in these, or made by these, take no memory of their own, or are counted where they are made.
 _NOTHING = frozenset(
@@ -147,7 +145,7 @@ def _convolution(i, lhs, rhs) -> int:
     fields("rhs_dilate", "1"),
     strict=True,
   ):
-    pairs *= _meeting(
+    pairs *= work.meeting(
       lhs.dims[left.index(d)],
       int(size),
       result.dims[out.index(d)],
@@ -162,14 +160,6 @@ def _convolution(i, lhs, rhs) -> int:
 
 def _spatial(labels):
   return sorted(c for c in labels if c.isdigit())
-
-
-@functools.cache
-def _meeting(size, window, out, stride, pad, lhs_dilate, rhs_dilate) -> int:
-  """The pairs of an output and a place in the window that meet an element of the input."""
-  places = np.arange(out)[:, None] * stride + np.arange(window)[None] * rhs_dilate - pad
-  inside = (places >= 0) & (places <= (size - 1) * lhs_dilate) & (places % lhs_dilate == 0)
-  return int(inside.sum())
 
 
 def _kernel(computation, i, visible) -> int:

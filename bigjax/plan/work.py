@@ -4,13 +4,15 @@ They are read off the traced loss, so every model has them. A product of matrice
 forward pass, and as much again in the backward pass for each of its operands that depends on parameters: with weights
 in one operand and activations in the other that makes 6 for each parameter and token,
 https://arxiv.org/abs/2001.08361 (section 2.1) and https://arxiv.org/abs/2204.02311 (appendix B). Unlike there, a causal
-query counts the keys that it sees and no others, and a token the experts that it chose and no room that a capacity
-leaves empty. Nothing else is counted: not what is computed again, not elementwise operations, not the optimizer.
+query counts the keys that it sees and no others, a token the experts that it chose and no room that a capacity leaves
+empty, a convolution its input and no padding. Nothing else is counted: not what is computed again, not elementwise
+operations, not the optimizer.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import re
@@ -91,6 +93,14 @@ def seen(queries: int, keys: int, causal: bool, window: int | None) -> int:
   if window is not None and not causal:
     last = np.minimum(i + window - 1, keys - 1)
   return int(np.maximum(last - first + 1, 0).sum())
+
+
+@functools.cache
+def meeting(size: int, window: int, out: int, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int) -> int:
+  """Returns the pairs of an output and a place in the window that meet an element of the input, in one dimension."""
+  places = np.arange(out)[:, None] * stride + np.arange(window)[None] * rhs_dilate - pad
+  inside = (places >= 0) & (places <= (size - 1) * lhs_dilate) & (places % lhs_dilate == 0)
+  return int(inside.sum())
 
 
 class _Counter:
@@ -203,8 +213,14 @@ def _dot(eqn):
 
 
 def _convolution(eqn):
-  rhs, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
-  return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(rhs[d] for d in spec[1:])
+  (lhs, rhs), out, how = (v.aval.shape for v in eqn.invars), eqn.outvars[0].aval.shape, eqn.params
+  (_, _, *places), (_, features, *window), (batch, channels, *outs) = how["dimension_numbers"]
+  dilated = zip(how["window_strides"], how["padding"], how["lhs_dilation"], how["rhs_dilation"], strict=True)
+  pairs = math.prod(
+    meeting(lhs[p], rhs[w], out[o], stride, pad, lhs_dilate, rhs_dilate)
+    for p, w, o, (stride, (pad, _), lhs_dilate, rhs_dilate) in zip(places, window, outs, dilated, strict=True)
+  )
+  return 2 * pairs * rhs[features] * out[batch] * out[channels]
 
 
 def _ragged(eqn):

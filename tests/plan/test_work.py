@@ -40,10 +40,32 @@ def test_a_branch_counts_as_the_most_expensive_and_a_loop_of_unknown_length_once
   assert found.forward == 2 * 8 * 16 * 16
 
 
-def test_a_convolution_counts_its_kernel_at_every_output():
-  kernel, image = (3, 3, 4, 8), (2, 10, 10, 4)
-  conv = lambda w, x: jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-  assert counted(conv, kernel, image, active=[False, False]).forward == 2 * (2 * 5 * 5 * 8) * (3 * 3 * 4)
+def test_a_convolution_counts_where_kernel_and_input_meet():
+  kernel, image = (3, 3, 2, 8), (2, 10, 10, 4)
+  layout = ("NHWC", "HWIO", "NHWC")
+
+  def counts(strides, padding, *active):
+    conv = lambda w, x: jax.lax.conv_general_dilated(
+      x, w, strides, padding, dimension_numbers=layout, feature_group_count=2
+    )
+    return counted(conv, kernel, image, active=list(active))
+
+  assert counts((1, 1), "VALID", False, False).forward == 2 * (2 * 8 * 8 * 8) * (3 * 3 * 2)
+  # Of a row of 5 outputs at a stride of 2 the last has one place of three in the padding.
+  found = counts((2, 2), "SAME", True, True)
+  assert found.forward == 2 * (2 * 8 * 2) * (5 * 3 - 1) ** 2 and found.backward == 2 * found.forward
+
+
+def test_the_compiler_counts_as_many_in_a_padded_network():
+  def loss(kernels, x):
+    for kernel in kernels:
+      x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return (x**2).sum()
+
+  kernels, image = [jnp.ones((3, 3, 4, 4))] * 2, jnp.ones((2, 4, 4, 4))
+  traced = jax.make_jaxpr(loss)(kernels, image)
+  step = jax.jit(jax.value_and_grad(loss)).lower(kernels, image).compile().cost_analysis()
+  assert work.count(traced, [True, True, False]).total == pytest.approx(step["flops"], rel=0.05)
 
 
 @pytest.mark.parametrize(
