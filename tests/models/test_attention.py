@@ -1,6 +1,7 @@
 """Attention: every backend against NumPy, forward and backward, over the masks there are."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,15 @@ def test_chunked_is_the_reference_forward_and_backward(mask, kv_heads, monkeypat
   assert_close(outcome(*given, **mask, backend="chunked"), outcome(*given, **mask, backend="reference"))
 
 
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("mask", [name for name in MASKS if name != "positions"])
+def test_unrolled_is_the_reference_forward_and_backward(mask, kv_heads, monkeypatch):
+  monkeypatch.setattr(attention, "PART", 7)  # 24 tokens: 7, 7, 7 and 3.
+  given = arrays(kv_heads=kv_heads)
+  mask = words(MASKS[mask])
+  assert_close(outcome(*given, **mask, backend="unrolled"), outcome(*given, **mask, backend="reference"))
+
+
 def test_chunked_pads_a_length_that_nothing_divides(monkeypatch):
   monkeypatch.setattr(blockwise, "block_size", lambda batch, heads: 8)
   given = arrays(seq=23)
@@ -156,7 +166,7 @@ def test_splash_is_the_reference(mask):
   assert_close(outcome(*given, **mask, backend="splash"), outcome(*given, **mask, backend="reference"), 2e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked", "jax"])
+@pytest.mark.parametrize("backend", ["reference", "unrolled", "chunked", "jax"])
 def test_bfloat16_has_its_softmax_in_float32(backend):
   given = arrays(dtype=jnp.bfloat16)
   exact = outcome(*(x.astype(jnp.float32) for x in given), causal=True)
@@ -174,7 +184,7 @@ def test_values_may_have_another_size_than_keys(monkeypatch):
   assert_close(outcome(query, key, value, out_gradient, causal=True, backend="chunked"), reference)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked", "jax"])
+@pytest.mark.parametrize("backend", ["reference", "unrolled", "chunked", "jax"])
 def test_who_sees_nothing_gets_zero_and_so_do_its_gradients(backend):
   given = arrays()
   found = outcome(*given, key_segments=jnp.zeros((BATCH, SEQ), int), backend=backend)
@@ -192,13 +202,15 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean():
   assert ((found == 0) != (np.asarray(again) == 0)).mean() > 0.3
 
 
-def test_dropout_drops_the_same_weights_in_every_backend(monkeypatch):
+@pytest.mark.parametrize("backend", ["unrolled", "chunked"])
+def test_dropout_drops_the_same_weights_in_every_backend(backend, monkeypatch):
   monkeypatch.setattr(blockwise, "block_size", lambda batch, heads: 7)
+  monkeypatch.setattr(attention, "PART", 7)
   dropping = dict(causal=True, dropout_rate=0.5, dropout_key=jax.random.key(3))
   given = arrays()
   reference = outcome(*given, **dropping, backend="reference")
   assert np.abs(reference[0] - outcome(*given, causal=True)[0]).max() > 0.1
-  assert_close(outcome(*given, **dropping, backend="chunked"), reference)
+  assert_close(outcome(*given, **dropping, backend=backend), reference)
 
 
 def test_memory_of_chunked_grows_with_the_sequence_and_that_of_the_reference_with_its_square():
@@ -225,8 +237,14 @@ def test_pairs_of_blocks_that_see_nothing_are_not_computed():
   assert len(pairs(masks.Rule(window=7))) == 10
 
 
+def products(qkv, **arguments):
+  """Of the program, and whether some are in a loop."""
+  program = str(jax.make_jaxpr(lambda *qkv: attention.attend(*qkv, **arguments))(*qkv))
+  return program.count("dot_general["), "scan[" in program
+
+
 def is_in_blocks(qkv, **arguments):
-  return "scan" in str(jax.make_jaxpr(lambda *qkv: attention.attend(*qkv, **arguments))(*qkv))
+  return products(qkv, **arguments)[1]
 
 
 def test_auto_is_the_reference_until_the_scores_are_too_many(monkeypatch):
@@ -237,13 +255,29 @@ def test_auto_is_the_reference_until_the_scores_are_too_many(monkeypatch):
     assert is_in_blocks(qkv) == in_blocks
 
 
-def test_auto_on_a_cpu_takes_blocks_where_many_see_nothing():
+def test_auto_on_a_cpu_takes_blocks_where_many_see_nothing(monkeypatch):
   *qkv, _ = arrays(seq=256)
-  assert is_in_blocks(qkv, causal=True)
-  assert is_in_blocks(qkv, window=8)
-  assert not is_in_blocks(qkv)
-  assert not is_in_blocks(qkv, causal=True, prefix=jnp.array([1, 2]))
-  assert not is_in_blocks([x[:, :200] for x in qkv], causal=True)
+  whole, unrolled, looped = (2, False), (8, False), (2, True)
+  assert products(qkv, causal=True) == unrolled
+  assert products(qkv, window=8) == unrolled
+  assert products(qkv) == whole
+  assert products(qkv, causal=True, prefix=jnp.array([1, 2])) == whole
+  assert products([x[:, :100] for x in qkv], causal=True) == whole
+  assert products(arrays(seq=1024)[:3], causal=True) == (16, False)
+  monkeypatch.setattr(attention, "MOST_UNROLLED", BATCH * HEADS * 256**2 - 1)
+  assert products(qkv, causal=True) == looped
+
+
+def test_unrolled_computes_no_scores_that_nobody_sees():
+  def sizes(**mask):
+    *qkv, _ = arrays(seq=256)
+    program = jax.make_jaxpr(lambda *qkv: attention.attend(*qkv, **mask, backend="unrolled"))(*qkv)
+    return [int(x) for x in re.findall(r"f32\[2,2,128,(\d+)\] = dot_general", str(program))][::2]
+
+  assert sizes(causal=True) == [64, 128, 192, 256]
+  assert sizes(causal=True, window=10) == [64, 73, 73, 73]
+  assert sizes(window=10) == [73, 82, 82, 73]
+  assert sizes(causal=True, prefix=jnp.array([1, 2])) == [256] * 4
 
 
 @pytest.mark.parametrize(
