@@ -1,7 +1,8 @@
 """Which token comes next, given the logits.
 
-No sort: the k-th largest probability, or the one at which the likeliest tokens make up a share p, is found by bisection
-of its 31 bits, each step a sum over the vocabulary. Equally likely tokens stay or go together.
+No sort of the vocabulary: the k-th largest probability, or the one at which the likeliest tokens make up a share p, is
+mostly among the `FEW` largest; otherwise it is found by bisection of its 31 bits, each step a sum over the vocabulary.
+Equally likely tokens stay or go together.
 """
 
 import dataclasses
@@ -51,6 +52,7 @@ class Sampling:
 
 
 GREEDY = Sampling(temperature=0.0)
+FEW = 128
 
 
 def choose(
@@ -73,12 +75,19 @@ def choose(
     penalty = numbers["repetition_penalty"]
     logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
   if "temperature" not in on:
-    return logits.argmax(axis=-1)
+    return _likeliest(logits)
   logits = logits / numbers["temperature"]
   if on & {"top_k", "top_p", "min_p"}:
     logits = kept(logits, on, numbers)
   noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-  return (logits + noise).argmax(axis=-1)
+  # On a CPU the noise is made several times where it is drawn and compared at once.
+  return _likeliest(jax.lax.optimization_barrier(logits + noise))
+
+
+def _likeliest(logits: Float32[Array, "batch vocab"]) -> Int[Array, " batch"]:
+  """`argmax`, the first of equal ones or of NaNs, as two reductions: a fifth of its time on a CPU."""
+  found = (logits == logits.max(axis=-1, keepdims=True)) | jnp.isnan(logits)
+  return jnp.where(found, jnp.arange(logits.shape[-1]), logits.shape[-1]).min(axis=-1)
 
 
 def kept(
@@ -86,15 +95,21 @@ def kept(
 ) -> Float32[Array, "batch vocab"]:
   """Returns the logits, -inf for tokens that top_k, top_p or min_p leave out."""
   mass = jnp.exp(logits - logits.max(axis=-1, keepdims=True))  # The likeliest has 1.
+  few = min(FEW, mass.shape[-1])
+  top = jax.lax.top_k(mass, few)[0] if on & {"top_k", "top_p"} else None
   least = jnp.zeros(len(logits))
   if "top_k" in on:
-    enough = lambda t: (mass >= t[:, None]).sum(axis=-1) >= numbers["top_k"]
-    least = _largest(enough, len(logits))
+    count = numbers["top_k"]
+    enough = lambda t: (mass >= t[:, None]).sum(axis=-1) >= count
+    among = lambda: top[:, jnp.clip(count.astype(jnp.int32) - 1, 0, few - 1)]
+    least = jax.lax.cond(count <= few, among, lambda: _largest(enough, len(logits)))
   if "top_p" in on:
-    left = jnp.where(mass >= least[:, None], mass, 0)
-    wanted = numbers["top_p"] * left.sum(axis=-1)
-    enough = lambda t: jnp.where(left >= t[:, None], left, 0).sum(axis=-1) >= wanted
-    least = jnp.maximum(least, _largest(enough, len(logits)))
+    wanted = numbers["top_p"] * jnp.where(mass >= least[:, None], mass, 0).sum(axis=-1)
+    share = lambda t: jnp.where(mass >= jnp.maximum(t, least)[:, None], mass, 0).sum(axis=-1)
+    there = top.cumsum(axis=-1) >= wanted[:, None]
+    among = lambda: jnp.take_along_axis(top, there.argmax(axis=-1)[:, None], axis=-1)[:, 0]
+    enough = lambda t: share(t) >= wanted
+    least = jnp.maximum(least, jax.lax.cond(there.any(-1).all(), among, lambda: _largest(enough, len(logits))))
   if "min_p" in on:
     least = jnp.maximum(least, numbers["min_p"])
   return jnp.where(mass < least[:, None], -jnp.inf, logits)  # A NaN is not less.

@@ -36,7 +36,9 @@ def by_sorting(how: Sampling) -> np.ndarray:
   + [dict(top_k=9, top_p=0.8), dict(top_k=20, top_p=0.95, min_p=0.05), dict(top_k=1000)],
   ids=str,
 )  # fmt: skip
-def test_without_a_sort_the_same_tokens_are_left(how):
+@pytest.mark.parametrize("few", [sampling.FEW, 3])
+def test_without_a_sort_the_same_tokens_are_left(how, few, monkeypatch):
+  monkeypatch.setattr(sampling, "FEW", few)
   np.testing.assert_array_equal(left(Sampling(**how)), by_sorting(Sampling(**how)))
 
 
@@ -53,6 +55,8 @@ def draw(logits, how, seed=0, seen=None):
 
 def test_temperature_0_takes_the_likeliest():
   np.testing.assert_array_equal(draw(LOGITS, sampling.GREEDY), LOGITS.argmax(axis=-1))
+  odd = np.array([[1, 2, 2], [np.nan, 1, np.nan], [-np.inf] * 3, [0, np.inf, np.inf]], np.float32)
+  np.testing.assert_array_equal(draw(odd, sampling.GREEDY), odd.argmax(axis=-1))
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():
