@@ -107,9 +107,11 @@ def kept(
     wanted = numbers["top_p"] * jnp.where(mass >= least[:, None], mass, 0).sum(axis=-1)
     share = lambda t: jnp.where(mass >= jnp.maximum(t, least)[:, None], mass, 0).sum(axis=-1)
     there = top.cumsum(axis=-1) >= wanted[:, None]
-    among = lambda: jnp.take_along_axis(top, there.argmax(axis=-1)[:, None], axis=-1)[:, 0]
+    among = jnp.take_along_axis(top, there.argmax(axis=-1)[:, None], axis=-1)[:, 0]
     enough = lambda t: share(t) >= wanted
-    least = jnp.maximum(least, jax.lax.cond(there.any(-1).all(), among, lambda: _largest(enough, len(logits))))
+    # Each row by its own, whatever the others need: sums in another order may round to another token.
+    largest = jax.lax.cond(there.any(-1).all(), lambda: among, lambda: _largest(enough, len(logits)))
+    least = jnp.maximum(least, jnp.where(there.any(-1), among, largest))
   if "min_p" in on:
     least = jnp.maximum(least, numbers["min_p"])
   return jnp.where(mass < least[:, None], -jnp.inf, logits)  # A NaN is not less.

@@ -42,6 +42,16 @@ def test_without_a_sort_the_same_tokens_are_left(how, few, monkeypatch):
   np.testing.assert_array_equal(left(Sampling(**how)), by_sorting(Sampling(**how)))
 
 
+def test_what_is_left_of_a_row_does_not_depend_on_the_others(monkeypatch):
+  monkeypatch.setattr(sampling, "FEW", 8)
+  rows = np.random.default_rng(1).normal(0, 4, (300, 97)).astype(np.float32)
+  for p in (0.5, 0.8, 0.95):
+    how = Sampling(top_p=p)
+    kept = jax.jit(lambda rows, how=how: sampling.kept(rows, how.on, how.numbers()))
+    alone = np.concatenate([kept(row[None]) for row in rows])
+    np.testing.assert_array_equal(kept(np.concatenate([rows, np.zeros((1, 97), np.float32)]))[:-1], alone)
+
+
 def test_equally_likely_tokens_stay_together():
   logits = jnp.asarray([[0.0, 1.0, 1.0, 1.0]])
   how = Sampling(top_k=2)
