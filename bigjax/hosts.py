@@ -115,6 +115,9 @@ def initialize(
   )
   global connected
   connected = True
+  if peers.process == 0:
+    for process, host in roll.items():  # Else one that is gone before its first sign of life would never be missed.
+      _store().key_value_set(f"bigjax/alive/{process}", f"none {host}", allow_overwrite=True)
   return peers
 
 

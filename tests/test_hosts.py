@@ -371,6 +371,30 @@ def test_a_peer_that_is_killed_is_missed_in_bounded_time(config, tmp_path):
   assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
 
 
+GONE_AT_ONCE = """
+import os, signal, sys, time
+from bigjax import hosts
+coordinator, process = sys.argv[1], int(sys.argv[2])
+peers = hosts.initialize(coordinator, 2, process, 60)
+if process == 1:
+  os.kill(os.getpid(), signal.SIGKILL)
+hosts._Lookout(peers, 4, print)
+time.sleep(60)
+"""
+
+
+def test_a_peer_that_is_gone_before_its_first_sign_of_life_is_missed_too():
+  address = f"127.0.0.1:{free_port()}"
+  command = [sys.executable, "-c", GONE_AT_ONCE, address]
+  started = [
+    subprocess.Popen([*command, str(i)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for i in range(2)
+  ]
+  (_, said), _ = (process.communicate(timeout=100) for process in started)
+  assert [process.returncode for process in started] == [76, -signal.SIGKILL], said
+  assert f"process 1 of 2 on {socket.gethostname()} failed: nothing was heard of it for 4 s" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_peer_that_is_there_but_does_nothing_any_more_is_missed_in_bounded_time(config, tmp_path, frozen):
