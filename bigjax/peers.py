@@ -45,7 +45,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   group.add_argument("--processes", type=int, metavar="N", help="how many processes there are; or BIGJAX_PROCESSES")
   group.add_argument("--process", type=int, metavar="I", help="which this one is, from 0; or BIGJAX_PROCESS")
   group.add_argument(
-    "--peer_timeout", type=float, default=300, metavar="SECONDS", help="how long to wait for those that don't come"
+    "--peer_timeout", type=float, default=300.0, metavar="SECONDS", help="how long to wait for those that don't come"
   )
 
 

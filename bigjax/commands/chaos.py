@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
   )
   parser.add_argument("--limit", type=float, default=180, metavar="SECONDS", help="that a start may take")
   parser.add_argument(
-    "--peer_timeout", type=float, default=20, metavar="SECONDS", help="after which a silent process counts as lost"
+    "--peer_timeout", type=float, default=20.0, metavar="SECONDS", help="after which a silent process counts as lost"
   )
   parser.add_argument("--jobs", type=int, default=1, help="runs that are disturbed at a time")
   parser.add_argument(
